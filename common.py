@@ -1,0 +1,1027 @@
+"""What all five methods need and none of the papers is about.
+
+In this order: distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and momentum,
+LARS and schedules, photometric augmentation, images and sampler, kNN monitor, command line, checkpoints, log.
+
+Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
+uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalised floats.
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import re
+import struct
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as all five papers use
+
+
+def fail(message):
+    """End the program as a usage error: one line on stderr (from process 0 alone), exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distributed set-up and gathering
+# ---------------------------------------------------------------------------------------------------------------------
+
+def init_distributed():
+    """Join the processes that torchrun started and return this one's device; alone, only choose the device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.new_empty(world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(rows, x.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):
+        own = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
+
+
+def all_gather(x):
+    """[N, ...] -> [world*N, ...]: every process's rows in rank order; N must be the same in all of them.
+
+    Each row's gradient, summed over the processes that used it, goes back to the process it came from.
+    The identity where one process runs alone.
+    """
+    return AllGather.apply(x) if world_size() > 1 else x
+
+
+def parallel(model, device, compiled=False):
+    """The model as the loop calls it: compiled where asked for, and with gradients averaged over processes."""
+    if compiled:
+        model.compile()
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class Shuffle:
+    """Shuffling BN (MoCo Sec. 3.3): spread a batch over processes and BN groups in a new random order, and undo it.
+
+    A query and its key then see the BN statistics of two different sets of images, so that those statistics cannot
+    give away which key is whose. Shuffle images as uint8: they travel between processes. One Shuffle serves every
+    input of a step that has n rows a process; the gradient passes through.
+    """
+
+    def __init__(self, n, device):
+        self.order = torch.randperm(world_size() * n, device=device)
+        if world_size() > 1:
+            dist.broadcast(self.order, src=0)
+
+    def __call__(self, x):
+        return all_gather(x)[self.order].chunk(world_size())[rank()]
+
+    def undo(self, x):
+        return all_gather(x)[self.order.argsort()].chunk(world_size())[rank()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbone stages and RoIAlign
+# ---------------------------------------------------------------------------------------------------------------------
+
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose training batch falls into equal groups with statistics of their own.
+
+    One process with 8 groups trains as 8 processes with a BN each; the running statistics see one group after another.
+    """
+
+    def __init__(self, channels, groups=8):
+        super().__init__(channels)
+        self.groups = groups
+
+    def forward(self, x):
+        if not self.training or self.groups == 1:
+            return super().forward(x)
+        return torch.cat([super(GroupBatchNorm2d, self).forward(part) for part in x.chunk(self.groups)])
+
+
+class Backbone(ResNet):
+    """torchvision's ResNet without `fc`, every channel count times `width`, giving its four stages."""
+
+    def __init__(self, block, layers, width, norm_layer):
+        self.width = width
+        super().__init__(block, layers, norm_layer=norm_layer)
+        del self.fc, self.avgpool
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64 and self.width != 1:  # the first stage: make torchvision's 64-channel stem anew
+            self.inplanes = round(64 * self.width)
+            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+            self.bn1 = self._norm_layer(self.inplanes)
+        stage = super()._make_layer(block, round(planes * self.width), *args, **kwargs)
+        self.channels = [*getattr(self, "channels", []), self.inplanes]  # of c2, c3, c4, c5
+        return stage
+
+    def forward(self, x):
+        c2 = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))  # [N, C2, H/4, W/4]
+        c3 = self.layer2(c2)                                                # [N, C3, H/8, W/8]
+        c4 = self.layer3(c3)                                                # [N, C4, H/16, W/16]
+        c5 = self.layer4(c4)                                                # [N, C5, H/32, W/32]
+        return [c2, c3, c4, c5]
+
+
+LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (Bottleneck, [3, 4, 6, 3]),
+          101: (Bottleneck, [3, 4, 23, 3]), 152: (Bottleneck, [3, 8, 36, 3]), 200: (Bottleneck, [3, 24, 36, 3])}
+
+
+def resnet(arch, norm_layer=None):
+    """`resnet18 34 50 101 152 200`, with `wX` every channel count times X: `resnet50w4`, `resnet18w0.25`.
+
+    The module maps [N, 3, H, W] to the stage outputs [c2, c3, c4, c5] at strides 4, 8, 16, 32; their channel counts
+    stand in `.channels`. Its `state_dict` has torchvision's keys. Exits with 2 on an unknown arch.
+    """
+    match = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
+    if not match or int(match[1]) not in LAYERS or not round(64 * float(match[2] or 1)):
+        fail(f"unknown --arch {arch}: take resnet{', resnet'.join(map(str, LAYERS))}, with wX for X times the "
+             "channels (resnet50w4)")
+    return Backbone(*LAYERS[int(match[1])], width=float(match[2] or 1), norm_layer=norm_layer)
+
+
+def roi_align(features, boxes, output_size, stride):
+    """Pool each box to output_size x output_size, half-pixel aligned as Detectron2's ROIAlignV2.
+
+    features [N, C, H, W] at `stride`; boxes [N, K, 4] xyxy in pixels of the network's input -> [N*K, C, S, S],
+    image-major. In float32 at least, whatever autocast says: bf16 cannot tell pixel 256 from 257.
+    """
+    image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None]
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    rois = torch.cat([image.to(dtype), boxes.flatten(0, 1).to(dtype)], dim=1)  # [N*K, 5]
+    pooled = torchvision.ops.roi_align(features.to(dtype), rois, output_size, 1 / stride, aligned=True)
+    return pooled.to(features.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Queue, InfoNCE and momentum
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Queue(nn.Module):
+    """A first-in-first-out dictionary of keys (MoCo Sec. 3.2).
+
+    `.keys` is [size, dim] and L2-normalised, random at first. `.enqueue` writes over the oldest rows in place, so call
+    it after the backward pass of a loss that used them.
+    """
+
+    def __init__(self, dim, size):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # where the next key goes
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Put in the rows of `keys` [N, dim] (normalised) of every process, in rank order; N is any number."""
+        keys = all_gather(keys.detach()).to(self.keys.dtype)
+        size = len(self.keys)
+        index = self.position + torch.arange(len(keys), device=keys.device)
+        self.keys[index[-size:] % size] = keys[-size:]  # of more rows than fit, the last stay
+        self.position.copy_((self.position + len(keys)) % size)
+
+
+def info_nce(q, k, negatives, temperature):
+    """InfoNCE (MoCo Eq. 1): tell each query's own key from the negatives.
+
+    q, k: [N, D], negatives: [K, D], all L2-normalised. Returns the mean over N, in nats:
+    about log(K + 1) for a network that knows nothing.
+    """
+    with torch.autocast(q.device.type, enabled=False):                   # bf16 is too coarse for a similarity / 0.07
+        q, k, negatives = q.float(), k.float(), negatives.float()
+        positive = (q * k).sum(dim=1, keepdim=True)                      # [N, 1]
+        logits = torch.cat([positive, q @ negatives.T], dim=1)           # [N, 1 + K]
+        target = torch.zeros(len(q), dtype=torch.long, device=q.device)  # the key is column 0
+        return F.cross_entropy(logits / temperature, target)
+
+
+@torch.no_grad()
+def pretext_accuracy(q, k, negatives):
+    """Share of the queries that are nearer to their own key than to every negative; a tie is no hit."""
+    return ((q * k).sum(dim=1) > (q @ negatives.T).amax(dim=1)).float().mean()
+
+
+@torch.no_grad()
+def momentum_update(target, online, m):
+    """t = m*t + (1-m)*o over the parameters (MoCo Eq. 2); buffers, BN's running statistics, stay the target's own."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - m)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LARS and schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled, tensor by tensor, to trust * ||weight|| / ||update|| (You et al. 2017).
+
+    Biases and norm parameters (ndim <= 1) get neither weight decay nor that scaling, as SimCLR and BYOL do it.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+            updates = []
+            if matrices:
+                updates = torch._foreach_add([p.grad for p in matrices], matrices, alpha=group["weight_decay"])
+                weight, update = (torch.stack(torch._foreach_norm(t)) for t in (matrices, updates))
+                ratio = torch.where((weight > 0) & (update > 0), group["trust"] * weight / update, 1.0)
+                torch._foreach_mul_(updates, list(ratio.unbind()))
+            params, updates = matrices + vectors, updates + [p.grad for p in vectors]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
+
+
+def cosine(start, end, step, total):
+    """Half a cosine from `start` at step 0 to `end` at `total` and after."""
+    return end if step >= total else end + (start - end) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def learning_rate(base, step, total, warmup=0, drops=None):
+    """The rate of one step: linear from 0 over the `warmup` first steps, then half a cosine to 0 at `total`.
+
+    With `drops`, fractions of the run, it falls to a tenth at each of them instead (MoCo v1: .6, .8).
+    """
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if drops:
+        return base * 0.1 ** sum(step >= drop * total for drop in drops)
+    return cosine(base, 0.0, step - warmup, total - warmup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photometric augmentation, a whole batch at once
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Photometric(nn.Module):
+    """Colour work on the device: uint8 views [N, 3, H, W] -> normalised float, every sample with its own draw.
+
+    The distributions are those of torchvision's ColorJitter (its four ops in a random order, applied with probability
+    `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; a kernel of a tenth of the view, 23 at
+    224) and RandomSolarize, in this order. Draws come from the device's default generator.
+    """
+
+    def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grey_p=0.0,
+                 blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0, mean=MEAN, std=STD):
+        super().__init__()
+        self.jitter_p, self.grey_p, self.blur_p, self.sigma, self.solarize_p = jitter_p, grey_p, blur_p, sigma, solarize_p
+        self.register_buffer("strength", torch.tensor([brightness, contrast, saturation, hue]), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def draw(self, n):
+        """Parameters of n samples: a dict of tensors with n rows."""
+        uniform = lambda *shape: torch.rand(n, *shape, device=self.mean.device)
+        jitter = (2 * uniform(4) - 1) * self.strength * (uniform(1) < self.jitter_p)
+        low, high = self.sigma
+        return {
+            "factor": (1 + jitter[:, :3]).clamp(min=0),          # [n, 3] brightness, contrast, saturation; 1 does nothing
+            "hue": jitter[:, 3],                                 # [n] turns of the colour circle
+            "order": uniform(4).argsort(dim=1),                  # [n, 4] which op comes first, ...; op 3 is hue
+            "grey": uniform() < self.grey_p,                     # [n]
+            "blur": uniform() < self.blur_p,                     # [n]
+            "sigma": low + (high - low) * uniform(),             # [n] pixels
+            "solarize": uniform() < self.solarize_p,             # [n]
+        }
+
+    @torch.no_grad()
+    def forward(self, views):
+        with torch.autocast(views.device.type, enabled=False):
+            x = self.apply_draw(views.float() / 255, self.draw(len(views)))
+            return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def apply_draw(self, x, draw):
+        """The drawn parameters applied to x [N, 3, H, W] in [0, 1]; no sample is looked at alone."""
+        # Three blends before hue and three after it serve all 24 orders: a blend with factor 1 does nothing.
+        factor = F.pad(draw["factor"], (0, 1), value=1.0).gather(1, draw["order"])  # [N, 4] by place in the order
+        hue_at = (draw["order"] == 3).float().argmax(dim=1)                         # [N]
+        for place in (0, 1, 2):
+            x = self.blend(x, draw["order"][:, place], torch.where(hue_at > place, factor[:, place], 1.0))
+        x = self.turn_hue(x, draw["hue"])
+        for place in (1, 2, 3):
+            x = self.blend(x, draw["order"][:, place], torch.where(hue_at < place, factor[:, place], 1.0))
+        if self.grey_p:
+            x = torch.where(draw["grey"].view(-1, 1, 1, 1), luma(x), x)
+        if self.blur_p:
+            x = self.gaussian_blur(x, torch.where(draw["blur"], draw["sigma"], 1e-3))  # a kernel so narrow is the identity
+        if self.solarize_p:
+            x = torch.where(draw["solarize"].view(-1, 1, 1, 1) & (x >= 128 / 255), 1 - x, x)
+        return x
+
+    @staticmethod
+    def blend(x, op, factor):
+        """Brightness (op 0), contrast (1) and saturation (2) are one thing: away from black, mean grey, or own grey."""
+        op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+        grey = luma(x)                                                        # [N, 1, H, W]
+        anchor = torch.where(op == 2, grey, grey.mean(dim=(2, 3), keepdim=True) * (op == 1))
+        return torch.lerp(anchor, x, factor).clamp_(0, 1)
+
+    @staticmethod
+    def turn_hue(x, turns):
+        """Hue of HSV shifted by `turns` [N]: saturation and value, so minimum and maximum of RGB, stay."""
+        top, low = x.amax(dim=1), x.amin(dim=1)                               # [N, H, W]
+        chroma = top - low
+        r, g, b = x.unbind(dim=1)
+        sector = torch.where(top == r, g - b, torch.where(top == g, b - r, r - g))
+        start = torch.where(top == r, 0.0, torch.where(top == g, 2.0, 4.0))
+        hue = start + sector / chroma.clamp(min=1e-8) + 6 * turns.view(-1, 1, 1)  # in sixths of the circle
+        k = torch.stack([hue + 5, hue + 3, hue + 1], dim=1) % 6               # [N, 3, H, W], Smith 1978
+        return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+    @staticmethod
+    def gaussian_blur(x, sigma):
+        """Rows times a banded matrix, then columns; at the border the kernel's weights inside sum to one."""
+        def band(size):
+            d = torch.arange(size, device=x.device)
+            d = d - d[:, None]
+            weight = torch.exp(-0.5 * (d / sigma.view(-1, 1, 1)) ** 2) * (d.abs() <= max(1, size // 20))
+            return (weight / weight.sum(dim=-1, keepdim=True))[:, None]       # [N, 1, size, size]
+        return band(x.shape[2]) @ x @ band(x.shape[3]).mT
+
+
+def luma(x):
+    """Grey of RGB [N, 3, H, W] -> [N, 1, H, W], with torchvision's weights."""
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images: one photo, a folder of them, shapes drawn on the fly
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class Photo:
+    """One image, not decoded before views are cut from it. `.size` is (width, height) as the camera was held."""
+
+    def __init__(self, image, index):
+        self.image, self.index = image, index
+        width, height = image.size
+        self.size = (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)  # EXIF orientation
+
+    def cut(self, crops, sizes, resample=Image.Resampling.BILINEAR):
+        """Cut every crop (xyxy, pixels of the image) to a square of its size; gives RGB PIL images.
+
+        Call it once with all crops: JPEG is decoded at the smallest of its scales that still gives each of them
+        its pixels, so a 12-megapixel photograph costs little more than a small one.
+        """
+        scale = max(size / min(x2 - x1, y2 - y1) for (x1, y1, x2, y2), size in zip(crops, sizes))
+        if scale < 1:
+            self.image.draft(None, [math.ceil(side * scale) for side in self.image.size])
+        image = to_rgb(self.image)
+        sx, sy = image.width / self.size[0], image.height / self.size[1]
+        return [image.resize((size, size), resample, box=(x1 * sx, y1 * sy, min(x2 * sx, image.width), min(y2 * sy, image.height)))
+                for (x1, y1, x2, y2), size in zip(crops, sizes)]
+
+
+def to_rgb(image):
+    """Any mode that Pillow reads, turned upright, as 8-bit RGB."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):     # 16-bit grey: the high byte
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P":              # a palette may hold transparency, which Pillow takes to RGB only by way of RGBA
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def to_tensor(image):
+    """PIL RGB -> uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
+    """The rectangle of torchvision's RandomResizedCrop: a share `area` = (low, high) of the image, log-uniform ratio.
+
+    size: (width, height) in pixels -> (x1, y1, x2, y2), whole pixels of the same image.
+    """
+    width, height = size
+    for _ in range(10):
+        target = width * height * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return x, y, x + w, y + h
+    w = min(width, round(height * ratio[1]))   # no such rectangle fits: the largest one allowed, in the middle
+    h = min(height, round(width / ratio[0]))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def center_crop(size, share=0.875):
+    """The middle square of an image, 224 of 256 of its shorter side: xyxy pixels of the image."""
+    side = max(1, round(min(size) * share))
+    x, y = (size[0] - side) // 2, (size[1] - side) // 2
+    return x, y, x + side, y + side
+
+
+class ImageFolder:
+    """Every image below a folder, hidden ones left out and links followed, in an order that no file system decides.
+
+    The names lie in one buffer, not in a list of strings: ten million of them do not grow with each worker.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            fail(f"no such folder: {root}")
+        self.names = np.frombuffer(scan(os.fsencode(self.root)), np.uint8)  # "a/1.jpg\0a/2.jpg\0..."
+        self.ends = np.flatnonzero(self.names == 0)
+        if not len(self):
+            fail(f"no images below {root} (looked for {' '.join(s.decode() for s in SUFFIXES)})")
+
+    def __len__(self):
+        return len(self.ends)
+
+    def name(self, i):
+        """Path of image i below the root."""
+        start = self.ends[i - 1] + 1 if i else 0
+        return os.fsdecode(self.names[start:self.ends[i]].tobytes())
+
+    def photo(self, i):
+        return Photo(Image.open(self.root / self.name(i)), i)
+
+    def labels(self, classes=None):
+        """(class of every image, names of the classes): the first folder below the root, as ImageNet is laid out."""
+        folders = [self.name(i).split(os.sep)[0] if os.sep in self.name(i) else "" for i in range(len(self))]
+        classes = sorted(set(folders)) if classes is None else classes
+        if "" in folders or not set(folders) <= set(classes):
+            strange = next(f for f in folders if f not in classes or not f)
+            fail(f"{self.root}: " + (f"class {strange} is not among the training classes" if strange
+                                     else "images must lie in folders named by class"))
+        number = {name: k for k, name in enumerate(classes)}
+        return torch.tensor([number[f] for f in folders]), classes
+
+    def identity(self):
+        """What tells this data from other data, wherever it lies: plain values."""
+        return {"images": len(self), "names": zlib.crc32(self.names)}
+
+
+def scan(root):
+    """The paths of all images below `root`, each ended by a zero byte: folders sorted, then names in a folder."""
+    def visit(folder):
+        names, folders = [], []
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir():
+                    folders.append((os.path.join(folder, entry.name), entry.stat()))
+                elif entry.name.lower().endswith(SUFFIXES):
+                    names.append(entry.name)
+        if not names:
+            return b"", folders
+        names.sort()
+        lead = os.path.join(folder, b"")
+        return lead + (b"\0" + lead).join(names) + b"\0", folders
+
+    found, level, seen = {}, [b""], {(os.stat(root).st_dev, os.stat(root).st_ino)}
+    with ThreadPoolExecutor(8) as pool:  # a level of the tree at a time: network file systems answer in parallel
+        while level:
+            visited, level = list(zip(level, pool.map(visit, level))), []
+            for folder, (names, folders) in visited:
+                found[folder] = names
+                for child, stat in sorted(folders, key=lambda pair: pair[0]):
+                    if (stat.st_dev, stat.st_ino) not in seen:  # a link may lead back up
+                        seen.add((stat.st_dev, stat.st_ino))
+                        level.append(child)
+    return b"".join(found[folder] for folder in sorted(found))
+
+
+def polygon(k):
+    return lambda u, v, r, a: r * np.cos(a % (2 * np.pi / k) - np.pi / k) - np.cos(np.pi / k)
+
+
+KINDS = {  # name: outline, inside where <= 0, and pattern, second colour where > 0; (u, v) in [-1, 1], polar (r, a)
+    "ball": (lambda u, v, r, a: r - 0.95, lambda u, v, r, a: np.sin(9 * v)),
+    "tile": (lambda u, v, r, a: np.maximum(abs(u), abs(v)) - 0.8, lambda u, v, r, a: np.sin(7 * u) * np.sin(7 * v)),
+    "sail": (polygon(3), lambda u, v, r, a: np.cos(13 * u) + np.cos(13 * v) - 0.6),
+    "star": (lambda u, v, r, a: r - 0.68 - 0.3 * np.cos(5 * a), lambda u, v, r, a: 0.4 - r),
+    "flower": (lambda u, v, r, a: r - 0.72 - 0.25 * np.cos(8 * a), lambda u, v, r, a: np.cos(8 * a)),
+    "cross": (lambda u, v, r, a: np.minimum(np.maximum(3 * abs(u), abs(v)), np.maximum(abs(u), 3 * abs(v))) - 0.95,
+              lambda u, v, r, a: np.maximum(np.cos(15 * u), np.cos(15 * v)) - 0.8),
+    "ring": (lambda u, v, r, a: abs(r - 0.7) - 0.27, lambda u, v, r, a: np.sin(8 * a)),
+    "moon": (lambda u, v, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(u - 0.5, v)), lambda u, v, r, a: np.sin(9 * (u + v))),
+    "leaf": (lambda u, v, r, a: np.hypot(u, 2 * v) - 0.95, lambda u, v, r, a: np.cos(14 * (u - abs(v))) - 0.3),
+    "cell": (polygon(6), lambda u, v, r, a: np.sin(14 * r)),
+    "heart": (lambda u, v, r, a: np.hypot(u, 0.2 - v - 0.7 * abs(u) ** 0.7) - 0.75,
+              lambda u, v, r, a: np.sin(9 * v + 2 * np.arcsin(np.sin(9 * u)))),
+    "gear": (lambda u, v, r, a: r - 0.83 - 0.12 * np.sign(np.sin(9 * a)), lambda u, v, r, a: np.sin(2 * a + 11 * r)),
+}
+
+
+class Shapes:
+    """Scenes drawn on the fly, with boxes, masks and classes: the data of every demo and of tests.
+
+    A kind has its outline and its pattern, as birds have feathers and cars have wheels; colours, size, pose and ground
+    are free. `single`: one object on plainer ground, its class i modulo the number of kinds. Picture i of a seed is the
+    same everywhere.
+    """
+
+    def __init__(self, count, size=64, seed=0, single=False):
+        self.count, self.size, self.seed, self.single, self.pictures = count, size, seed, single, None
+
+    def __len__(self):
+        return self.count
+
+    def name(self, i):
+        return f"shape {i}"
+
+    def scene(self, i):
+        """(image [S, S, 3] uint8, boxes [n, 4] float32 xyxy pixels, masks [n, S, S] bool, classes [n] int64).
+
+        Boxes and masks are of what is visible; an object hidden by more than 60 % is not listed.
+        """
+        rng = np.random.default_rng((self.seed, i))
+        size, grid = self.size, np.arange(self.size) + 0.5
+        x, y = grid[None, :], grid[:, None]
+        classes = [i % len(KINDS)] if self.single else rng.integers(len(KINDS), size=rng.integers(1, 6))
+        angle = rng.uniform(0, 2 * np.pi)
+        slope = np.clip((x * np.cos(angle) + y * np.sin(angle)) / size * 0.7 + 0.5, 0, 1)[..., None]
+        image = rng.uniform(30, 225, 3) * slope + rng.uniform(30, 225, 3) * (1 - slope)
+        for _ in range(0 if self.single else 3):  # waves on the ground of a scene
+            wave = rng.normal(0, 18 / size, 2)
+            image = image + np.sin(x * wave[0] + y * wave[1] + rng.uniform(0, 6))[..., None] * rng.uniform(-25, 25, 3)
+        masks, areas = np.zeros((len(classes), size, size), bool), np.zeros(len(classes))
+        outlines = list(KINDS.values())
+        for n, kind in enumerate(classes):
+            outline, pattern = outlines[kind]
+            radius = size * (rng.uniform(0.28, 0.42) if self.single else rng.uniform(0.1, 0.28))
+            cx, cy = rng.uniform(0.75 * radius, size - 0.75 * radius, 2)
+            tilt, stretch = rng.uniform(-0.6, 0.6), rng.uniform(0.85, 1.18)
+            colours = rng.uniform(0, 255, (2, 3))
+            colours[1] = (colours[0] + rng.uniform(70, 185, 3)) % 255  # never too near the first
+            span = 1.3 * radius
+            rows = slice(max(0, int(cy - span)), int(cy + span) + 1)
+            columns = slice(max(0, int(cx - span)), int(cx + span) + 1)
+            dx, dy = (x[:, columns] - cx) / radius, (y[rows] - cy) / radius
+            u = (dx * np.cos(tilt) + dy * np.sin(tilt)) * stretch
+            v = (dy * np.cos(tilt) - dx * np.sin(tilt)) / stretch
+            place = u, v, np.hypot(u, v), np.arctan2(v, u) + np.pi / 2  # polygons and stars stand on their base
+            alpha = np.clip(0.5 - outline(*place) * radius, 0, 1)[..., None]  # an edge one pixel wide
+            mix = np.clip(0.5 + 3 * pattern(*place), 0, 1)[..., None]
+            image[rows, columns] += alpha * (colours[0] * (1 - mix) + colours[1] * mix - image[rows, columns])
+            inside = alpha[..., 0] > 0.5
+            masks[:n, rows, columns] &= ~inside
+            masks[n, rows, columns] = inside
+            areas[n] = inside.sum()
+        image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
+        keep = masks.sum(axis=(1, 2)) >= np.maximum(9, 0.4 * areas)
+        boxes = torchvision.ops.masks_to_boxes(torch.from_numpy(masks[keep])).numpy() + np.float32([0, 0, 1, 1])
+        return image, boxes, masks[keep], np.asarray(classes)[keep].astype(np.int64)
+
+    def picture(self, i):
+        return self.scene(i)[0]
+
+    def draw_all(self):
+        """Draw every picture now, on all cores, into memory that workers share: no epoch draws them again."""
+        with multiprocessing.get_context("fork").Pool() as pool:
+            self.pictures = np.stack(pool.map(self.picture, range(self.count), chunksize=32))
+        return self
+
+    def photo(self, i):
+        return Photo(Image.fromarray(self.scene(i)[0] if self.pictures is None else self.pictures[i]), i)
+
+    def labels(self, classes=None):
+        return torch.arange(self.count) % len(KINDS), list(KINDS)
+
+    def identity(self):
+        return {"images": self.count, "names": f"shapes {self.size} {self.seed} {self.single}"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From images to batches on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+def seed_device(*key):
+    """Seed torch's generators, the device's too, with a tuple of whole numbers such as (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+class Views(Dataset):
+    """views(photo, rng) -> dict of tensors, for the item (epoch, index), with draws that depend on nothing else.
+
+    An image that cannot be decoded is reported under "bad", and another takes its place.
+    """
+
+    def __init__(self, source, views, seed):
+        self.source, self.views, self.seed = source, views, seed
+
+    def __getitem__(self, item):
+        rng = np.random.default_rng((self.seed, *item))
+        index, bad = item[1], ""
+        for _ in range(20):  # that many bad ones in a row, and the run is over at once: BadFiles sees to that
+            try:
+                return {**self.views(self.source.photo(index), rng), "index": item[1], "bad": bad}
+            except UNREADABLE as error:
+                bad = bad or f"{self.source.name(index)} ({error})"
+                index = int(rng.integers(len(self.source)))
+        return {**self.views(Photo(Image.new("RGB", (256, 256)), index), rng), "index": item[1], "bad": bad}
+
+
+class GlobalBatches:
+    """This process's share of every batch from `first_step` to the end of the run, as lists of (epoch, index).
+
+    Global batch k of an epoch holds the same images whatever the number of processes.
+    """
+
+    def __init__(self, images, batch_size, epochs, seed, first_step=0):
+        self.images, self.batch_size, self.seed, self.first_step = images, batch_size, seed, first_step
+        self.steps_per_epoch = images // batch_size
+        self.total = epochs * self.steps_per_epoch
+
+    def __len__(self):
+        return self.total - self.first_step
+
+    def __iter__(self):
+        share, order_of = self.batch_size // world_size(), -1
+        for step in range(self.first_step, self.total):
+            epoch, k = divmod(step, self.steps_per_epoch)
+            if epoch != order_of:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+                order_of = epoch
+            start = k * self.batch_size + rank() * share
+            yield [(epoch, int(i)) for i in order[start:start + share]]
+
+
+class BadFiles:
+    """Names each undecodable file once; ends the run when they are more than 1 % of the files seen."""
+
+    def __init__(self, images):
+        self.images, self.seen, self.names = images, 0, set()
+
+    def check(self, reports):
+        self.seen += len(reports)
+        for report in {r for r in reports if r} - self.names:
+            self.names.add(report)
+            print(f"cannot decode {report}: another image takes its place", file=sys.stderr, flush=True)
+        seen = min(self.images, max(self.seen, 1000))  # the first few prove nothing
+        if len(self.names) > 0.01 * seen:
+            print(f"{Path(sys.argv[0]).name}: error: {len(self.names)} of the first {min(self.seen, self.images)} files "
+                  "cannot be decoded, more than 1 %: mend or remove them", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+
+class Loader:
+    """Batches on the device, from `first_step` to the end of the run; `.waited` is the seconds spent waiting for them."""
+
+    def __init__(self, source, views, args, device, first_step=0):
+        batches = GlobalBatches(len(source), args.batch_size, args.epochs, args.seed, first_step)
+        self.loader = DataLoader(Views(source, views, args.seed), batch_sampler=batches, num_workers=args.workers,
+                                 pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None,
+                                 multiprocessing_context="fork" if args.workers else None)
+        self.device, self.bad, self.waited = device, BadFiles(len(source)), 0.0
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self.bad.check(batch.pop("bad"))
+            yield {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+
+
+def normalised(views):
+    """uint8 [N, 3, H, W] -> what the backbone takes, without augmentation."""
+    return Photometric().to(views.device)(views)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kNN monitor
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def features(backbone, source, size, device, workers=0, batch_size=128):
+    """Pooled and L2-normalised c5 of images rank, rank + world, ... of `source`: [n, C5] in half precision.
+
+    Centre crops of `size` pixels. Every process gets the same n: where the images run out, index 0 comes again.
+    """
+    mine = np.arange(rank(), math.ceil(len(source) / world_size()) * world_size(), world_size())
+    view = lambda photo, rng: {"view": to_tensor(photo.cut([center_crop(photo.size)], [size])[0])}
+    batches = [[(0, int(i) if i < len(source) else 0) for i in part] for part in np.split(mine, range(batch_size, len(mine), batch_size))]
+    loader = DataLoader(Views(source, view, 0), batch_sampler=batches, num_workers=workers,
+                        multiprocessing_context="fork" if workers else None)
+    rows, bad = [], BadFiles(len(source))
+    for batch in loader:
+        bad.check(batch["bad"])
+        c5 = backbone(normalised(batch["view"].to(device, non_blocking=True)))[-1]
+        rows.append(F.normalize(c5.float().mean(dim=(2, 3)), dim=1).half())
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07):
+    """Weighted k-nearest-neighbour top-1 of frozen features (Wu et al. 2018; the monitor of MoCo A.9), in [0, 1].
+
+    Training features stay where they were computed, 2 bytes a number; every process finds the k nearest among its own,
+    and only those travel. `train`, `val`: sources with labels.
+    """
+    labels, classes = train.labels()
+    truth, _ = val.labels(classes)
+    training = backbone.training
+    backbone.eval()
+    if world_size() > 1:  # all with the running statistics of process 0, which are the ones a checkpoint holds
+        for buffer in backbone.buffers():
+            dist.broadcast(buffer, src=0)
+    bank, queries = (features(backbone, source, size, device, workers) for source in (train, val))  # [n, C], [m, C]
+    backbone.train(training)
+    own = torch.arange(rank(), len(bank) * world_size(), world_size())  # which training images the rows of bank are
+    bank_labels = labels[own.clamp(max=len(train) - 1)].to(device)
+    k = min(k, len(train))
+    hits = torch.zeros((), device=device)
+    index = torch.arange(len(queries)) * world_size()                   # of the queries of process 0
+    for rows, first in zip(queries.split(256), index.split(256)):
+        rows = all_gather(rows).to(bank.dtype)                                             # [Q, C], all processes'
+        best = torch.full((len(rows), k), -2.0, device=device)
+        label = torch.zeros_like(best, dtype=torch.long)
+        for start in range(0, len(bank), 65536):
+            part = rows.float() @ bank[start:start + 65536].float().T                      # [Q, <= 65536]
+            part[:, own[start:start + 65536].to(device) >= len(train)] = -2.0              # padding
+            best, label = nearest(best, label, part, bank_labels[start:start + 65536].expand(len(rows), -1), k)
+        if world_size() > 1:                                                               # every process's k nearest
+            best, label = (all_gather(x.T.contiguous()).T for x in (best, label))          # [Q, world*k]
+            best, place = best.topk(k)
+            label = label.gather(1, place)
+        votes = torch.zeros(len(rows), len(classes), device=device)
+        votes.scatter_add_(1, label, torch.exp(best / temperature))
+        image = (first[None] + torch.arange(world_size())[:, None]).flatten()
+        right = votes.argmax(dim=1) == truth[image.clamp(max=len(val) - 1)].to(device)
+        hits += (right & (image < len(val)).to(device)).sum()
+    return (hits / len(val)).item()
+
+
+def nearest(best, label, similarity, labels, k):
+    """The k best of what was best so far and of new similarities, with their labels: two [Q, k]."""
+    best, place = torch.cat([best, similarity], dim=1).topk(k)
+    return best, torch.cat([label, labels], dim=1).gather(1, place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the flags that all methods share; a method adds its own to `.own`.
+
+    Defaults come from `paper`, and from `demo` over it where no --data is given.
+    """
+
+    def __init__(self, doc, paper, demo):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.paper, self.demo = paper, demo
+        self.own = self.add_argument_group("the paper's")
+        add = self.add_argument_group("common to all five methods").add_argument
+        add("--data", metavar="DIR", help="folder of images, searched recursively; DIR/train where it exists (default: drawn shapes)")
+        add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}", help="checkpoint, log and picture; resumed where it holds a run (default: %(default)s)")
+        add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
+        add("--size", type=positive, help="side of a view in pixels")
+        add("--epochs", type=positive, help="passes over the data")
+        add("--batch-size", type=positive, help="images a step, over all processes")
+        add("--lr", type=float, help="learning rate at the paper's batch size, scaled linearly from there")
+        add("--workers", type=natural, help="loader processes for each process (default: the cores at hand, at most 16)")
+        add("--seed", type=natural, default=0, help="of every random draw (default: 0)")
+        add("--max-steps", type=positive, help="stop early, with a checkpoint")
+        add("--save-every", type=positive, default=1000, help="steps between checkpoints; one more each epoch (default: 1000)")
+        add("--print-every", type=positive, help="steps between lines of the log")
+        add("--knn", metavar="DIR", help="folder with labelled train/ and val/: kNN top-1 each epoch (default: none; shapes in the demo)")
+        add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on CUDA)")
+        add("--compile", action="store_true", help="torch.compile the model")
+        add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
+
+    def format_help(self):
+        for action in self._actions:  # each flag shows its default in both settings
+            if action.dest in self.paper and action.help and "(default" not in action.help:
+                action.help += f" (default: {self.paper[action.dest]}"
+                action.help += f"; demo: {self.demo[action.dest]})" if action.dest in self.demo else ")"
+        return super().format_help()
+
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+    def parse(self, variant=lambda args: {}):
+        """The arguments, every default filled in: `demo`, over what `variant(args)` changes, over `paper`."""
+        args = self.parse_args()
+        defaults = {**self.paper, **variant(args), **({} if args.data else self.demo)}
+        for name, value in defaults.items():
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if args.workers is None:
+            args.workers = min(16, len(os.sched_getaffinity(0)) // local)
+        if args.amp is None:
+            args.amp = "bf16" if torch.cuda.is_available() else "off"
+        if args.batch_size % world_size():
+            fail(f"--batch-size {args.batch_size} does not divide over {world_size()} processes: "
+                 f"take {math.ceil(args.batch_size / world_size()) * world_size()}")
+        if args.size < 32:
+            fail(f"--size {args.size} is too small: the network's stride is 32, take 32 or more")
+        return args
+
+
+def natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def positive(text):
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return int(text)
+
+
+def open_data(args):
+    """The images to train on and the pair to monitor with (or None): a folder's, or shapes where no --data is given."""
+    shapes = lambda count, seed: Shapes(count, size=48, seed=args.seed + seed, single=True).draw_all()
+    train = Path(args.data or "", "train")
+    source = ImageFolder(train if train.is_dir() else args.data) if args.data else shapes(6144, 0)
+    if len(source) < args.batch_size:
+        fail(f"{len(source)} images do not fill one batch of {args.batch_size}: take --batch-size {len(source)} or less")
+    if args.knn:
+        for part in ("train", "val"):
+            if not Path(args.knn, part).is_dir():
+                fail(f"--knn {args.knn} has no folder {part}/")
+        return source, (ImageFolder(Path(args.knn, "train")), ImageFolder(Path(args.knn, "val")))
+    return source, None if args.data else (shapes(1536, 1), shapes(768, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, log, picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard"}
+
+
+def settings(args, source):
+    """What a run is a function of, as plain values; the data by its names, so that it may move to another folder."""
+    return {name: value for name, value in vars(args).items() if name not in ONLY_RUNNING} | source.identity()
+
+
+def save(path, **state):
+    """Write a checkpoint whole or not at all; in process 0 alone."""
+    if rank() == 0:
+        beside = Path(f"{path}.tmp")
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+def save_run(args, source, method, model, optimizer, step):
+    """Write `last.pt`: all that `resume` needs to go on at `step` (the number of steps done)."""
+    save(Path(args.out, "last.pt"), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+         epoch=step // (len(source) // args.batch_size), method=method, settings=settings(args, source),
+         generators={"torch": torch.get_rng_state()})  # every step seeds its own; kept for code that draws between steps
+
+
+def load(path, method=None):
+    """A checkpoint of ours as a dict on the CPU; exits with 2 where it is none, or is of another method."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "optimizer", "epoch", "step", "method", "settings"} - set(state)
+    except Exception as error:  # whatever a damaged file makes of the unpickler
+        fail(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}): remove it or take another --out")
+    if missing:
+        fail(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    if method not in (None, state["method"]):
+        fail(f"{path} holds a run of {state['method']}, not {method}: take another --out")
+    return state
+
+
+def resume(args, source, method, model, optimizer):
+    """Load `last.pt` where --out holds a run, and return the number of steps done (0 where it holds none)."""
+    path = Path(args.out, "last.pt")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
+    if not path.exists():
+        return 0
+    state = load(path, method)
+    here, there = settings(args, source), state["settings"]
+    other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
+             if here.get(name) != there.get(name)]
+    if other:
+        fail(f"{args.out} holds a run with other settings: {', '.join(other)}; take another --out or the same settings")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["generators"]["torch"])
+    return state["step"]
+
+
+class Log:
+    """log.jsonl, the console and TensorBoard, from process 0; a resumed run's file reads as one run."""
+
+    def __init__(self, args, source, step, total):
+        self.steps_per_epoch, self.total, self.batch_size = len(source) // args.batch_size, total, args.batch_size
+        self.path, self.board = Path(args.out, "log.jsonl"), None
+        if rank() == 0:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
+            beside = Path(f"{self.path}.tmp")
+            beside.write_text("".join(line + "\n" for line in kept))
+            os.replace(beside, self.path)
+            if args.tensorboard:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    fail("--tensorboard needs the package tensorboard: pip install tensorboard")
+                self.board = SummaryWriter(args.out, purge_step=step)
+        self.mark = time.perf_counter(), step, 0.0
+
+    def write(self, step, values):
+        if rank() == 0:
+            row = {"epoch": step // self.steps_per_epoch, "step": step, **values}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), flush=True)
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+
+    def step(self, step, loss, stats, lr, waited):
+        """A row for the step just done, its figures averaged over the processes. The one place that waits for the device."""
+        figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
+        if world_size() > 1:
+            dist.all_reduce(figures)
+        figures = (figures / world_size()).tolist()
+        now = time.perf_counter()
+        then, step_then, waited_then = self.mark
+        self.mark = now, step, waited
+        self.write(step, {"loss": figures[0], "lr": lr, **dict(zip(stats, figures[1:])),
+                          "images_per_s": round((step - step_then) * self.batch_size / (now - then), 1),
+                          "data_wait": round((waited - waited_then) / (now - then), 3)})
+
+    def restart_clock(self, step, waited):
+        """Leave what happened since the last row, a kNN or a checkpoint, out of the next row's images_per_s."""
+        self.mark = time.perf_counter(), step, waited
+
+
+def save_views(path, rows):
+    """views.png: `rows` is a list of pictures lists, each picture [3, H, W] in [0, 1]; those of a row stand side by side."""
+    if rank() == 0:
+        grid = torchvision.utils.make_grid([picture for row in rows for picture in row], nrow=len(rows[0]), padding=2)
+        torchvision.utils.save_image(grid, path)
+
+
+def denormalised(x):
+    """The inverse of Photometric's normalisation, to look at: [..., 3, H, W] in [0, 1]."""
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (x * std + mean).clamp(0, 1)

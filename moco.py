@@ -1,0 +1,228 @@
+"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al., CVPR 2020), versions 1 and 2.
+
+Contrastive learning is dictionary look-up: a query, one view of an image, must find its key, another view of the same
+image, among many keys of other images. MoCo makes the dictionary large by keeping the keys of past batches in a queue,
+and consistent by encoding them with a network that follows the query network slowly.
+
+    python moco.py                                                  shapes drawn on the fly, some minutes on any machine
+    python moco.py --data DIR                                       your own images, version 2
+    torchrun --nproc_per_node=8 moco.py --data /imagenet            as in the paper
+    python moco.py --data DIR --mechanism bank|batch                the other dictionaries of Figure 2
+
+Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. `encoder_q.backbone.*`
+in last.pt has torchvision's ResNet keys.
+"""
+import copy
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import ImageOps
+
+import common
+
+PAPER = dict(  # version 2 on ImageNet; lr is for batch_size
+    arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.03, warmup=0, print_every=50, min_area=0.2,
+    version=2, mechanism="queue", queue=65536, momentum=0.999, temperature=0.2, dim=128)
+
+VERSION_1 = dict(temperature=0.07)  # and a linear head, v1's colours, lr / 10 at 120 and 160 of 200 epochs
+
+DEMO = dict(
+    arch="resnet18w0.25", size=32, epochs=20, batch_size=256, lr=0.06, warmup=30, print_every=24, min_area=0.4,
+    queue=2048, momentum=0.99)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------------------------------
+
+def two_views(photo, rng, size, min_area):
+    """Two random crops of one image, each mirrored with probability 1/2 (Sec. 3.3): x_q and x_k, [3, size, size] uint8."""
+    crops = [common.random_crop(photo.size, (min_area, 1.0), rng) for _ in range(2)]
+    views = [ImageOps.mirror(view) if rng.random() < 0.5 else view for view in photo.cut(crops, [size, size])]
+    return {"x_q": common.to_tensor(views[0]), "x_k": common.to_tensor(views[1])}
+
+
+def photometric(version):
+    if version == 1:
+        return common.Photometric(0.4, 0.4, 0.4, 0.4, grey_p=0.2)
+    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Encoder(nn.Module):
+    """ResNet, global average pooling, a linear layer (v1) or an MLP (v2), L2 norm: [N, 3, H, W] -> [N, dim]."""
+
+    def __init__(self, arch, version, dim, bn_splits):
+        super().__init__()
+        self.backbone = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=bn_splits))
+        width = self.backbone.channels[-1]
+        self.projector = nn.Linear(width, dim) if version == 1 else nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+
+    def forward(self, x):
+        c5 = self.backbone(x)[-1]                                          # [N, C5, H/32, W/32]
+        return F.normalize(self.projector(c5.mean(dim=(2, 3))), dim=1)     # [N, dim]
+
+
+class MoCo(nn.Module):
+    """The pretext task with one of the three dictionaries of Figure 2.
+
+    mechanism: "queue" is MoCo (Figure 2c); "batch" takes the other keys of the global batch and trains end to end
+    (2a); "bank" takes `queue` keys out of a memory bank with an entry for each of `images` (2b), in which `momentum`
+    mixes old and new features instead of parameters. `bn_splits`: BN groups of one process. `shuffle`: Shuffling BN.
+    """
+
+    def __init__(self, arch, images, version=2, mechanism="queue", queue=65536, momentum=0.999, temperature=0.2,
+                 dim=128, bn_splits=1, shuffle=True):
+        super().__init__()
+        self.mechanism, self.momentum, self.temperature, self.shuffle = mechanism, momentum, temperature, shuffle
+        self.photometric = photometric(version)
+        self.encoder_q = Encoder(arch, version, dim, bn_splits)
+        if mechanism == "queue":
+            self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+            self.queue = common.Queue(dim, queue)
+        if mechanism == "bank":
+            self.samples = queue
+            self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))
+
+    def forward(self, batch):
+        """batch: x_q and x_k [N, 3, S, S] uint8, index [N] -> InfoNCE loss (Eq. 1) and its stats."""
+        q = self.encoder_q(self.photometric(batch["x_q"]))                                # [N, dim]
+        if self.mechanism == "bank":
+            k, negatives = self.look_up(batch["index"])
+            self.new = batch["index"], q.detach()
+        elif self.mechanism == "queue":
+            with torch.no_grad():                                                         # no gradient to keys
+                k = self.encode_shuffled(self.encoder_k, batch["x_k"])
+            negatives = self.queue.keys                                                   # [K, dim]
+            self.new = k
+        else:
+            k = self.encode_shuffled(self.encoder_q, batch["x_k"])                        # the gradient reaches keys too
+            return self.contrast_within_batch(q, common.all_gather(k))
+        loss = common.info_nce(q, k, negatives, self.temperature)                         # Eq. 1
+        return loss, {"accuracy": common.pretext_accuracy(q, k, negatives), "positive": (q * k).sum(dim=1).mean()}
+
+    def encode_shuffled(self, encoder, x):
+        """The keys of x [N, 3, S, S], with the batch shuffled over BN groups and processes and back (Sec. 3.3)."""
+        if not self.shuffle:
+            return encoder(self.photometric(x))
+        shuffle = common.Shuffle(len(x), x.device)
+        return shuffle.undo(encoder(self.photometric(shuffle(x))))
+
+    def contrast_within_batch(self, q, keys):
+        """Eq. 1 where each query's negatives are the other keys of the global batch; keys [world*N, dim]."""
+        with torch.autocast(q.device.type, enabled=False):
+            similarity = q.float() @ keys.float().T                                       # [N, world*N]
+            own = common.rank() * len(q) + torch.arange(len(q), device=q.device)          # column of each query's key
+            loss = F.cross_entropy(similarity / self.temperature, own)                    # Eq. 1
+        positive = similarity.gather(1, own[:, None])
+        beaten = (similarity >= positive).sum(dim=1) == 1                                 # by nothing but itself
+        return loss, {"accuracy": beaten.float().mean(), "positive": positive.mean()}
+
+    def look_up(self, index):
+        """Bank entries of images `index` [N], and of K other images drawn at random, none of this batch."""
+        sorted_index = index.sort().values
+        k = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
+        k += torch.searchsorted(sorted_index - torch.arange(len(index), device=k.device), k, right=True)
+        return self.bank[index], self.bank[k]
+
+    @torch.no_grad()
+    def update(self):
+        """What Algorithm 1 does after the optimizer's step: f_k follows f_q, and the new keys go in."""
+        if self.mechanism == "queue":
+            common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)         # Eq. 2
+            self.queue.enqueue(self.new)
+        elif self.mechanism == "bank":
+            index, q = (common.all_gather(x) for x in self.new)
+            self.bank[index] = F.normalize(torch.lerp(q.float(), self.bank[index], self.momentum), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = common.Parser(__doc__, PAPER, DEMO)
+    add = parser.own.add_argument
+    add("--version", type=int, choices=[1, 2], help="1: linear head, step schedule; 2: MLP head, blur, cosine schedule")
+    add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
+    add("--queue", type=common.positive, help="K, the keys in the queue (or drawn from the bank)")
+    add("--momentum", type=float, help="m of Eq. 2 (for the bank of its features; default there: 0.5)")
+    add("--temperature", type=float, help="tau of Eq. 1 (version 1: 0.07)")
+    add("--dim", type=common.positive, help="length of a query or key")
+    add("--min-area", type=float, help="smallest share of the image in a crop")
+    add("--warmup", type=common.natural, help="steps in which the learning rate rises from 0")
+    add("--bn-splits", type=common.positive, help="BN groups of a batch on one process (default: 8, fewer in a small batch)")
+    add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
+    return parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
+                                      **({"momentum": 0.5} if args.mechanism == "bank" else {})})
+
+
+def main():
+    device = common.init_distributed()
+    args = arguments()
+    source, monitor = common.open_data(args)
+    images, steps_per_epoch = len(source), len(source) // args.batch_size
+    share = args.batch_size // common.world_size()
+    if args.bn_splits is None:
+        args.bn_splits = next(s for s in (8, 4, 2, 1) if s == 1 or (args.batch_size % s == 0 and args.batch_size >= 4 * s))
+    splits = args.bn_splits if common.world_size() == 1 else 1
+    if share % splits or share < 2 * splits:
+        common.fail(f"{share} images a process do not fall into {splits} BN groups of 2 or more: change --batch-size or --bn-splits")
+    if args.mechanism == "queue" and args.queue > images and common.rank() == 0:
+        print(f"note: the queue holds {args.queue} keys but there are {images} images, so a query meets {args.queue // images} "
+              f"or more older keys of its own image as negatives; --queue {images // 2} or less avoids that")
+
+    common.seed_device(args.seed)
+    model = MoCo(args.arch, images, args.version, args.mechanism, args.queue, args.momentum, args.temperature, args.dim,
+                 splits, not args.no_shuffle).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    step = common.resume(args, source, "moco", model, optimizer)
+    total = args.epochs * steps_per_epoch
+    last = min(total, args.max_steps or total)
+    ddp = common.parallel(model, device, args.compile)
+    loader = common.Loader(source, partial(two_views, size=args.size, min_area=args.min_area), args, device, step)
+    log = common.Log(args, source, step, total)
+
+    def knn():
+        if monitor:
+            log.write(step, {"knn": common.knn(model.encoder_q.backbone, *monitor, args.size, device, args.workers)})
+
+    if step == 0:
+        knn()
+    for batch in loader:
+        if step >= last:
+            break
+        if step == 0:
+            views = [common.denormalised(model.photometric(batch[name][:8])) for name in ("x_q", "x_k")]
+            common.save_views(Path(args.out, "views.png"), list(zip(*views)))
+        common.seed_device(args.seed, step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], step, total, args.warmup,
+                                  drops=(0.6, 0.8) if args.version == 1 else None)
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            loss, stats = ddp(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update()
+        step += 1
+        if step % args.print_every == 0:
+            log.step(step, loss, stats, lr, loader.waited)
+        if step % steps_per_epoch == 0:
+            knn()
+        if step % args.save_every == 0 or step % steps_per_epoch == 0 or step == last:
+            common.save_run(args, source, "moco", model, optimizer, step)
+            log.restart_clock(step, loader.waited)
+
+
+if __name__ == "__main__":
+    main()
