@@ -234,7 +234,9 @@ def info_nce(q, k, negatives, temperature):
 @torch.no_grad()
 def pretext_accuracy(q, k, negatives):
     """Share of the queries that are nearer to their own key than to every negative; a tie is no hit."""
-    return ((q * k).sum(dim=1) > (q @ negatives.T).amax(dim=1)).float().mean()
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, negatives = q.float(), k.float(), negatives.float()
+        return ((q * k).sum(dim=1) > (q @ negatives.T).amax(dim=1)).float().mean()
 
 
 @torch.no_grad()
@@ -267,7 +269,7 @@ class LARS(torch.optim.Optimizer):
             matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
             updates = []
             if matrices:
-                updates = torch._foreach_add([p.grad for p in matrices], matrices, alpha=group["weight_decay"])
+                updates = list(torch._foreach_add([p.grad for p in matrices], matrices, alpha=group["weight_decay"]))
                 weight, update = (torch.stack(torch._foreach_norm(t)) for t in (matrices, updates))
                 ratio = torch.where((weight > 0) & (update > 0), group["trust"] * weight / update, 1.0)
                 torch._foreach_mul_(updates, list(ratio.unbind()))
@@ -563,6 +565,11 @@ KINDS = {  # name: outline, inside where <= 0, and pattern, second colour where 
 }
 
 
+def colour(rng, grey):
+    """A muted colour around a grey level: bright ones would tell two pictures apart with no look at their shapes."""
+    return np.clip(grey + rng.uniform(-45, 45, 3), 0, 255)
+
+
 class Shapes:
     """Scenes drawn on the fly, with boxes, masks and classes: the data of every demo and of tests.
 
@@ -591,19 +598,19 @@ class Shapes:
         classes = [i % len(KINDS)] if self.single else rng.integers(len(KINDS), size=rng.integers(1, 6))
         angle = rng.uniform(0, 2 * np.pi)
         slope = np.clip((x * np.cos(angle) + y * np.sin(angle)) / size * 0.7 + 0.5, 0, 1)[..., None]
-        image = rng.uniform(30, 225, 3) * slope + rng.uniform(30, 225, 3) * (1 - slope)
+        image = colour(rng, rng.uniform(20, 235)) * slope + colour(rng, rng.uniform(20, 235)) * (1 - slope)
         for _ in range(0 if self.single else 3):  # waves on the ground of a scene
-            wave = rng.normal(0, 18 / size, 2)
+            wave = rng.normal(0, 10 / size, 2)
             image = image + np.sin(x * wave[0] + y * wave[1] + rng.uniform(0, 6))[..., None] * rng.uniform(-25, 25, 3)
         masks, areas = np.zeros((len(classes), size, size), bool), np.zeros(len(classes))
         outlines = list(KINDS.values())
         for n, kind in enumerate(classes):
             outline, pattern = outlines[kind]
-            radius = size * (rng.uniform(0.28, 0.42) if self.single else rng.uniform(0.1, 0.28))
-            cx, cy = rng.uniform(0.75 * radius, size - 0.75 * radius, 2)
-            tilt, stretch = rng.uniform(-0.6, 0.6), rng.uniform(0.85, 1.18)
-            colours = rng.uniform(0, 255, (2, 3))
-            colours[1] = (colours[0] + rng.uniform(70, 185, 3)) % 255  # never too near the first
+            radius = size * (rng.uniform(0.32, 0.46) if self.single else rng.uniform(0.1, 0.28))
+            cx, cy = rng.uniform(0.85 * radius, size - 0.85 * radius, 2)
+            tilt, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
+            grey = rng.uniform(20, 235)
+            colours = np.stack([colour(rng, grey), colour(rng, (grey + rng.uniform(85, 170)) % 255)])
             span = 1.3 * radius
             rows = slice(max(0, int(cy - span)), int(cy + span) + 1)
             columns = slice(max(0, int(cx - span)), int(cx + span) + 1)
@@ -673,22 +680,21 @@ class Views(Dataset):
 
 
 class GlobalBatches:
-    """This process's share of every batch from `first_step` to the end of the run, as lists of (epoch, index).
+    """This process's share of every batch of steps first ... last - 1 of a run, as lists of (epoch, index).
 
     Global batch k of an epoch holds the same images whatever the number of processes.
     """
 
-    def __init__(self, images, batch_size, epochs, seed, first_step=0):
-        self.images, self.batch_size, self.seed, self.first_step = images, batch_size, seed, first_step
+    def __init__(self, images, batch_size, seed, first, last):
+        self.images, self.batch_size, self.seed, self.first, self.last = images, batch_size, seed, first, last
         self.steps_per_epoch = images // batch_size
-        self.total = epochs * self.steps_per_epoch
 
     def __len__(self):
-        return self.total - self.first_step
+        return max(0, self.last - self.first)
 
     def __iter__(self):
         share, order_of = self.batch_size // world_size(), -1
-        for step in range(self.first_step, self.total):
+        for step in range(self.first, self.last):
             epoch, k = divmod(step, self.steps_per_epoch)
             if epoch != order_of:
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
@@ -716,10 +722,13 @@ class BadFiles:
 
 
 class Loader:
-    """Batches on the device, from `first_step` to the end of the run; `.waited` is the seconds spent waiting for them."""
+    """Batches on the device, of steps first ... last - 1 of a run; `.waited` is the seconds spent waiting for them.
 
-    def __init__(self, source, views, args, device, first_step=0):
-        batches = GlobalBatches(len(source), args.batch_size, args.epochs, args.seed, first_step)
+    One iteration spans epochs, so no epoch starts with idle workers.
+    """
+
+    def __init__(self, source, views, args, device, first, last):
+        batches = GlobalBatches(len(source), args.batch_size, args.seed, first, last)
         self.loader = DataLoader(Views(source, views, args.seed), batch_sampler=batches, num_workers=args.workers,
                                  pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None,
                                  multiprocessing_context="fork" if args.workers else None)
@@ -1013,12 +1022,26 @@ class Log:
         """Leave what happened since the last row, a kNN or a checkpoint, out of the next row's images_per_s."""
         self.mark = time.perf_counter(), step, waited
 
+    def summary(self, negatives):
+        """Print what a contrastive run has learned, beside what a network that knows nothing would show."""
+        if rank() == 0:
+            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            losses, accuracies, knns = ([row[name] for row in rows if name in row] for name in ("loss", "accuracy", "knn"))
+            if losses:
+                print(f"step {rows[-1]['step']} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
+                      f"{math.log(negatives + 1):.2f}; pretext accuracy {np.mean(accuracies[-5:]):.1%}, chance is "
+                      f"{1 / (negatives + 1):.2%}" + (f"; kNN {knns[-1]:.1%}, untrained {knns[0]:.1%}" if knns else ""))
 
-def save_views(path, rows):
-    """views.png: `rows` is a list of pictures lists, each picture [3, H, W] in [0, 1]; those of a row stand side by side."""
+
+def save_views(path, *views):
+    """views.png: view 1, view 2, ... of an image side by side, the images of the batch below each other.
+
+    views: [N, 3, S, S] each, in [0, 1]; small ones are drawn larger.
+    """
     if rank() == 0:
-        grid = torchvision.utils.make_grid([picture for row in rows for picture in row], nrow=len(rows[0]), padding=2)
-        torchvision.utils.save_image(grid, path)
+        pictures = torch.stack(views, dim=1).flatten(0, 1).cpu()  # [N * views, 3, S, S]
+        pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
+        torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), path)
 
 
 def denormalised(x):

@@ -13,8 +13,6 @@ Writes last.pt, log.jsonl and views.png to --out; the same command again goes on
 in last.pt has torchvision's ResNet keys.
 """
 import copy
-import math
-import time
 from functools import partial
 from pathlib import Path
 
@@ -155,42 +153,45 @@ def arguments():
     add("--version", type=int, choices=[1, 2], help="1: linear head, step schedule; 2: MLP head, blur, cosine schedule")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
     add("--queue", type=common.positive, help="K, the keys in the queue (or drawn from the bank)")
-    add("--momentum", type=float, help="m of Eq. 2 (for the bank of its features; default there: 0.5)")
-    add("--temperature", type=float, help="tau of Eq. 1 (version 1: 0.07)")
+    add("--momentum", type=float, help="m of Eq. 2; of the features for the bank (there 0.5)")
+    add("--temperature", type=float, help="tau of Eq. 1; 0.07 in version 1")
     add("--dim", type=common.positive, help="length of a query or key")
     add("--min-area", type=float, help="smallest share of the image in a crop")
     add("--warmup", type=common.natural, help="steps in which the learning rate rises from 0")
-    add("--bn-splits", type=common.positive, help="BN groups of a batch on one process (default: 8, fewer in a small batch)")
+    add("--bn-splits", type=common.positive, help="BN groups of a batch on one process (default: 8, or what a small batch allows)")
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
-    return parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
+    args = parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
                                       **({"momentum": 0.5} if args.mechanism == "bank" else {})})
+    if args.bn_splits is None:
+        args.bn_splits = next(s for s in (8, 4, 2, 1) if s == 1 or (args.batch_size % s == 0 and args.batch_size >= 4 * s))
+    groups = args.bn_splits if common.world_size() == 1 else common.world_size()
+    if args.batch_size % groups or args.batch_size < 2 * groups:
+        common.fail(f"a batch of {args.batch_size} does not fall into {groups} BN groups of 2 images or more: "
+                    "change --batch-size or --bn-splits")
+    return args
 
 
 def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args)
-    images, steps_per_epoch = len(source), len(source) // args.batch_size
-    share = args.batch_size // common.world_size()
-    if args.bn_splits is None:
-        args.bn_splits = next(s for s in (8, 4, 2, 1) if s == 1 or (args.batch_size % s == 0 and args.batch_size >= 4 * s))
-    splits = args.bn_splits if common.world_size() == 1 else 1
-    if share % splits or share < 2 * splits:
-        common.fail(f"{share} images a process do not fall into {splits} BN groups of 2 or more: change --batch-size or --bn-splits")
-    if args.mechanism == "queue" and args.queue > images and common.rank() == 0:
-        print(f"note: the queue holds {args.queue} keys but there are {images} images, so a query meets {args.queue // images} "
-              f"or more older keys of its own image as negatives; --queue {images // 2} or less avoids that")
+    negatives = args.batch_size - 1 if args.mechanism == "batch" else args.queue
+    if args.mechanism == "queue" and args.queue > len(source) and common.rank() == 0:
+        print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so among a query's negatives are "
+              f"older keys of its own image; --queue {len(source) // 2} or less avoids that")
 
     common.seed_device(args.seed)
-    model = MoCo(args.arch, images, args.version, args.mechanism, args.queue, args.momentum, args.temperature, args.dim,
-                 splits, not args.no_shuffle).to(device, memory_format=torch.channels_last)
+    model = MoCo(args.arch, len(source), args.version, args.mechanism, args.queue, args.momentum, args.temperature,
+                 args.dim, bn_splits=args.bn_splits if common.world_size() == 1 else 1, shuffle=not args.no_shuffle)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     step = common.resume(args, source, "moco", model, optimizer)
+    steps_per_epoch = len(source) // args.batch_size
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
-    ddp = common.parallel(model, device, args.compile)
-    loader = common.Loader(source, partial(two_views, size=args.size, min_area=args.min_area), args, device, step)
+    loader = common.Loader(source, partial(two_views, size=args.size, min_area=args.min_area), args, device, step, last)
     log = common.Log(args, source, step, total)
+    ddp = common.parallel(model, device, args.compile)
 
     def knn():
         if monitor:
@@ -199,15 +200,13 @@ def main():
     if step == 0:
         knn()
     for batch in loader:
-        if step >= last:
-            break
         if step == 0:
             views = [common.denormalised(model.photometric(batch[name][:8])) for name in ("x_q", "x_k")]
-            common.save_views(Path(args.out, "views.png"), list(zip(*views)))
+            common.save_views(Path(args.out, "views.png"), *views)
         common.seed_device(args.seed, step, common.rank())
-        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], step, total, args.warmup,
-                                  drops=(0.6, 0.8) if args.version == 1 else None)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = common.learning_rate(
+            args.lr * args.batch_size / PAPER["batch_size"], step, total, args.warmup,
+            drops=(0.6, 0.8) if args.version == 1 else None)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             loss, stats = ddp(batch)
         optimizer.zero_grad()
@@ -222,6 +221,7 @@ def main():
         if step % args.save_every == 0 or step % steps_per_epoch == 0 or step == last:
             common.save_run(args, source, "moco", model, optimizer, step)
             log.restart_clock(step, loader.waited)
+    log.summary(negatives)
 
 
 if __name__ == "__main__":
