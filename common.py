@@ -436,7 +436,7 @@ def to_rgb(image):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":              # a palette may hold transparency, which Pillow takes to RGB only by way of RGBA
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_tensor(image):
@@ -900,7 +900,7 @@ def open_data(args):
     """The images to train on and the pair to monitor with (or None): a folder's, or shapes where no --data is given."""
     shapes = lambda count, seed: Shapes(count, size=48, seed=args.seed + seed, single=True).draw_all()
     train = Path(args.data or "", "train")
-    source = ImageFolder(train if train.is_dir() else args.data) if args.data else shapes(6144, 0)
+    source = ImageFolder(train if train.is_dir() else args.data) if args.data else shapes(12288, 0)
     if len(source) < args.batch_size:
         fail(f"{len(source)} images do not fill one batch of {args.batch_size}: take --batch-size {len(source)} or less")
     if args.knn:
@@ -908,7 +908,7 @@ def open_data(args):
             if not Path(args.knn, part).is_dir():
                 fail(f"--knn {args.knn} has no folder {part}/")
         return source, (ImageFolder(Path(args.knn, "train")), ImageFolder(Path(args.knn, "val")))
-    return source, None if args.data else (shapes(1536, 1), shapes(768, 2))
+    return source, None if args.data else (shapes(3072, 1), shapes(1024, 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,178 @@
+"""What the project costs, each figure beside what it is compared with, in one run.
+
+    python tests/benchmark.py                      everything that this machine can do
+    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn step
+    python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
+
+Machines are noisy: quote the ratios, with the command.
+"""
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+from PIL import Image, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+import moco  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(work, repeats=5):
+    """Median time of work(), after one run that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def jpegs(folder, count, size):
+    """JPEGs of drawn scenes, `size` = (width, height), smooth and noisy as photographs are."""
+    for i in range(count):
+        picture = Image.fromarray(common.Shapes(count, 256).scene(i)[0])
+        picture.resize(size, Image.Resampling.BICUBIC).save(Path(folder, f"{i}.jpg"), quality=90)
+    return folder
+
+
+def loader(args, folder):
+    """Images/s of one core: two uint8 views cut by a worker, and MoCo v2's whole augmentation there, on PIL as released."""
+    source = common.ImageFolder(args.images or jpegs(folder, 48, (500, 375)))
+    count = min(len(source), 96)
+    blur = lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))  # faster than torchvision's
+    augment = T.Compose([T.RandomResizedCrop(224, (0.2, 1.0)), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                         T.RandomGrayscale(0.2), T.RandomApply([T.Lambda(blur)], p=0.5), T.RandomHorizontalFlip(),
+                         T.ToTensor(), T.Normalize(common.MEAN, common.STD)])
+
+    def theirs():
+        for i in range(count):
+            image = Image.open(source.root / source.name(i)).convert("RGB")
+            augment(image), augment(image)
+
+    ours = common.Views(source, partial(moco.two_views, size=224, min_area=0.2), seed=0)
+    torch.set_num_threads(1)
+    a, b = seconds(lambda: [ours[0, i] for i in range(count)]), seconds(theirs)
+    print(f"loader: two 224-pixel views, images/s a core: {count / a:.0f} here, {count / b:.0f} with torchvision's "
+          f"transforms on PIL in the worker, {b / a:.1f} times")
+
+
+def photo(args, folder):
+    """A 12-megapixel JPEG against one of ImageNet's size, decoded whole and at the scale the views allow."""
+    sides = {"ImageNet's": (500, 375), "12-megapixel": (4000, 3000)}
+    for name, size in sides.items():
+        path = Path(jpegs(tempfile.mkdtemp(dir=folder), 1, size)) / "0.jpg"
+        crops = [common.random_crop(size, (0.2, 1.0), np.random.default_rng(k)) for k in range(2)]
+        cut = seconds(lambda: common.Photo(Image.open(path), 0).cut(crops, [224, 224]))
+        whole = seconds(lambda: [Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR, box=c) for c in crops[:1]])
+        print(f"photo: two views of a {name} JPEG {cut * 1000:.1f} ms; decoded whole, one view {whole * 1000:.1f} ms")
+
+
+def scan(args, folder):
+    """A million paths: time and memory of the list, and what two workers that read it all add."""
+    for a in range(1000):
+        os.makedirs(f"{folder}/n{a:08d}")
+        for b in range(1000):
+            os.close(os.open(f"{folder}/n{a:08d}/n{a:08d}_{b}.JPEG", os.O_CREAT))
+
+    def private(pid="self"):
+        """Megabytes that a process does not share with another."""
+        fields = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\n")
+        return sum(int(line.split()[1]) for line in fields if line.startswith("Private")) / 1024
+
+    def growth(read):
+        """Megabytes that a forked process gains by reading every path."""
+        out, into = os.pipe()
+        if os.fork() == 0:
+            before = private()
+            read()
+            os.write(into, str(private() - before).encode())
+            os._exit(0)
+        os.wait()
+        return float(os.read(out, 99))
+
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before, start = peak(), time.perf_counter()
+    source = common.ImageFolder(folder)
+    took, grown = time.perf_counter() - start, peak() - before
+    print(f"scan: {len(source)} paths in {took:.1f} s, {grown:.0f} MB more at the peak, "
+          f"{(source.names.nbytes + source.ends.nbytes) / 2**20:.0f} MB kept")
+    ours = growth(lambda: [source.name(i) for i in range(len(source))])
+    strings = [source.name(i) for i in range(len(source))]
+    theirs = growth(lambda: [strings[i] for i in range(len(strings))])
+    print(f"scan: a worker that reads them all grows by {ours:.0f} MB; with a list of strings by {theirs:.0f} MB")
+
+
+def photometric(args, folder):
+    """The batch at once against torchvision's functions sample by sample, on this device."""
+    n = 256 if DEVICE.type == "cuda" else 32
+    batch = torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+    ours = moco.photometric(2).to(DEVICE)
+    theirs = T.Compose([T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(0.2),
+                        T.RandomApply([T.GaussianBlur(23, (0.1, 2.0))], p=0.5), T.Normalize(common.MEAN, common.STD)])
+    a, b = seconds(lambda: ours(batch)), seconds(lambda: torch.stack([theirs(x / 255) for x in batch]), 2)
+    print(f"photometric: {n} views of 224 pixels on {DEVICE.type}, {b / a:.1f} times as fast as sample by sample")
+
+
+def bn(args, folder):
+    """Eight BN groups: as modules that split, against the whole network eight times, against one group."""
+    n, size, arch = (256, 224, "resnet50") if DEVICE.type == "cuda" else (128, 32, "resnet18w0.5")
+    x = torch.randn(n, 3, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+    def step(groups, parts):
+        net = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=groups)).to(DEVICE, memory_format=torch.channels_last)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            return seconds(lambda: sum(net(part)[-1].square().mean() for part in x.chunk(parts)).backward())
+
+    one, modules, passes = step(1, 1), step(8, 1), step(1, 8)
+    print(f"bn: a step of {arch} with 8 groups takes {modules / one:.2f} of its time with one; as 8 passes {passes / one:.2f}")
+
+
+def step(args, folder):
+    """A whole MoCo step on data that lies on the device, and images/s of the whole script beside it (CUDA alone)."""
+    if DEVICE.type != "cuda":
+        print("step: needs CUDA")
+        return
+    model = moco.MoCo("resnet50", 10**6, bn_splits=8).to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.03, momentum=0.9)
+    batch = {name: torch.randint(0, 256, (256, 3, 224, 224), dtype=torch.uint8, device=DEVICE) for name in ("x_q", "x_k")}
+
+    def work():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = model({**batch, "index": torch.arange(256, device=DEVICE)})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update()
+
+    bare = 256 / seconds(work, 20)
+    jpegs(folder, 2048, (500, 375))
+    sys.argv = ["moco.py", "--data", folder, "--out", f"{folder}/run", "--queue", "1024", "--epochs", "20", "--print-every", "20"]
+    moco.main()
+    rows = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+    whole = float(np.median([row["images_per_s"] for row in rows[2:]]))
+    print(f"step: ResNet-50, 224 pixels, batch 256, bf16: {bare:.0f} images/s on resident data, {whole:.0f} the whole "
+          f"script, {whole / bare:.2f} of it, {rows[-1]['data_wait']:.0%} of the time waiting for data")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn step")
+    parser.add_argument("--images", help="folder of images for `loader`")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, {os.cpu_count()} cores")
+    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "step"]:
+        with tempfile.TemporaryDirectory() as folder:
+            globals()[name](args, folder)
