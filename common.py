@@ -32,16 +32,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as all five papers use
 
 
-def fail(message):
-    """End the program as a usage error: one line on stderr (from process 0 alone), exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def fail(message, everywhere=False):
+    """End the program as a usage error: one line on stderr, from process 0 unless `everywhere`, and exit code 2."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distributed set-up and gathering
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Distributed set-up and gathering --------------------------------------------------------------------------------
 
 def init_distributed():
     """Join the processes that torchrun started and return this one's device; alone, only choose the device."""
@@ -116,9 +114,7 @@ class Shuffle:
         return all_gather(x)[self.order.argsort()].chunk(world_size())[rank()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbone stages and RoIAlign
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Backbone stages and RoIAlign ------------------------------------------------------------------------------------
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose training batch falls into equal groups with statistics of their own.
@@ -191,9 +187,7 @@ def roi_align(features, boxes, output_size, stride):
     return pooled.to(features.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Queue, InfoNCE and momentum
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Queue, InfoNCE and momentum -------------------------------------------------------------------------------------
 
 class Queue(nn.Module):
     """A first-in-first-out dictionary of keys (MoCo Sec. 3.2).
@@ -245,9 +239,7 @@ def momentum_update(target, online, m):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - m)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LARS and schedules
-# ---------------------------------------------------------------------------------------------------------------------
+# --- LARS and schedules ----------------------------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, tensor by tensor, to trust * ||weight|| / ||update|| (You et al. 2017).
@@ -259,31 +251,26 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
-            updates = []
-            if matrices:
-                updates = list(torch._foreach_add([p.grad for p in matrices], matrices, alpha=group["weight_decay"]))
-                weight, update = (torch.stack(torch._foreach_norm(t)) for t in (matrices, updates))
-                ratio = torch.where((weight > 0) & (update > 0), group["trust"] * weight / update, 1.0)
-                torch._foreach_mul_(updates, list(ratio.unbind()))
-            params, updates = matrices + vectors, updates + [p.grad for p in vectors]
+            params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.ndim <= 1)
             if not params:
                 continue
+            matrices = [p for p in params if p.ndim > 1]                       # they come first
+            updates = [p.grad.clone() for p in params]
+            if matrices:
+                scaled = updates[:len(matrices)]
+                torch._foreach_add_(scaled, matrices, alpha=group["weight_decay"])
+                weight, update = (torch.stack(torch._foreach_norm(tensors)) for tensors in (matrices, scaled))
+                ratio = torch.where((weight > 0) & (update > 0), group["trust"] * weight / update, 1.0)
+                torch._foreach_mul_(scaled, list(ratio.unbind()))
             for p in params:
-                if not self.state[p]:
+                if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
-        return loss
+            velocity = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_add_(velocity, updates)
+            torch._foreach_add_(params, velocity, alpha=-group["lr"])
 
 
 def cosine(start, end, step, total):
@@ -303,9 +290,7 @@ def learning_rate(base, step, total, warmup=0, drops=None):
     return cosine(base, 0.0, step - warmup, total - warmup)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Photometric augmentation, a whole batch at once
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Photometric augmentation, a whole batch at once -----------------------------------------------------------------
 
 class Photometric(nn.Module):
     """Colour work on the device: uint8 views [N, 3, H, W] -> normalised float, every sample with its own draw.
@@ -318,7 +303,8 @@ class Photometric(nn.Module):
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grey_p=0.0,
                  blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0, mean=MEAN, std=STD):
         super().__init__()
-        self.jitter_p, self.grey_p, self.blur_p, self.sigma, self.solarize_p = jitter_p, grey_p, blur_p, sigma, solarize_p
+        self.jitter_p, self.grey_p, self.blur_p, self.solarize_p = jitter_p, grey_p, blur_p, solarize_p
+        self.sigma = sigma
         self.register_buffer("strength", torch.tensor([brightness, contrast, saturation, hue]), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -329,7 +315,7 @@ class Photometric(nn.Module):
         jitter = (2 * uniform(4) - 1) * self.strength * (uniform(1) < self.jitter_p)
         low, high = self.sigma
         return {
-            "factor": (1 + jitter[:, :3]).clamp(min=0),          # [n, 3] brightness, contrast, saturation; 1 does nothing
+            "factor": (1 + jitter[:, :3]).clamp(min=0),          # [n, 3] brightness, contrast, saturation
             "hue": jitter[:, 3],                                 # [n] turns of the colour circle
             "order": uniform(4).argsort(dim=1),                  # [n, 4] which op comes first, ...; op 3 is hue
             "grey": uniform() < self.grey_p,                     # [n]
@@ -357,7 +343,7 @@ class Photometric(nn.Module):
         if self.grey_p:
             x = torch.where(draw["grey"].view(-1, 1, 1, 1), luma(x), x)
         if self.blur_p:
-            x = self.gaussian_blur(x, torch.where(draw["blur"], draw["sigma"], 1e-3))  # a kernel so narrow is the identity
+            x = self.gaussian_blur(x, torch.where(draw["blur"], draw["sigma"], 1e-3))  # so narrow a kernel does nothing
         if self.solarize_p:
             x = torch.where(draw["solarize"].view(-1, 1, 1, 1) & (x >= 128 / 255), 1 - x, x)
         return x
@@ -398,9 +384,7 @@ def luma(x):
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images: one photo, a folder of them, shapes drawn on the fly
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Images: one photo, a folder of them, shapes drawn on the fly ----------------------------------------------------
 
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -424,9 +408,10 @@ class Photo:
         if scale < 1:
             self.image.draft(None, [math.ceil(side * scale) for side in self.image.size])
         image = to_rgb(self.image)
-        sx, sy = image.width / self.size[0], image.height / self.size[1]
-        return [image.resize((size, size), resample, box=(x1 * sx, y1 * sy, min(x2 * sx, image.width), min(y2 * sy, image.height)))
-                for (x1, y1, x2, y2), size in zip(crops, sizes)]
+        width, height = image.size
+        sx, sy = width / self.size[0], height / self.size[1]
+        boxes = [(x1 * sx, y1 * sy, min(x2 * sx, width), min(y2 * sy, height)) for x1, y1, x2, y2 in crops]
+        return [image.resize((size, size), resample, box) for box, size in zip(boxes, sizes)]
 
 
 def to_rgb(image):
@@ -463,9 +448,9 @@ def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
     return x, y, x + w, y + h
 
 
-def center_crop(size, share=0.875):
-    """The middle square of an image, 224 of 256 of its shorter side: xyxy pixels of the image."""
-    side = max(1, round(min(size) * share))
+def center_crop(size):
+    """The middle square of an image of (width, height), 224 of 256 of its shorter side: xyxy pixels of the image."""
+    side = max(1, round(min(size) * 224 / 256))
     x, y = (size[0] - side) // 2, (size[1] - side) // 2
     return x, y, x + side, y + side
 
@@ -556,7 +541,8 @@ KINDS = {  # name: outline, inside where <= 0, and pattern, second colour where 
     "cross": (lambda u, v, r, a: np.minimum(np.maximum(3 * abs(u), abs(v)), np.maximum(abs(u), 3 * abs(v))) - 0.95,
               lambda u, v, r, a: np.maximum(np.cos(15 * u), np.cos(15 * v)) - 0.8),
     "ring": (lambda u, v, r, a: abs(r - 0.7) - 0.27, lambda u, v, r, a: np.sin(8 * a)),
-    "moon": (lambda u, v, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(u - 0.5, v)), lambda u, v, r, a: np.sin(9 * (u + v))),
+    "moon": (lambda u, v, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(u - 0.5, v)),
+             lambda u, v, r, a: np.sin(9 * (u + v))),
     "leaf": (lambda u, v, r, a: np.hypot(u, 2 * v) - 0.95, lambda u, v, r, a: np.cos(14 * (u - abs(v))) - 0.3),
     "cell": (polygon(6), lambda u, v, r, a: np.sin(14 * r)),
     "heart": (lambda u, v, r, a: np.hypot(u, 0.2 - v - 0.7 * abs(u) ** 0.7) - 0.75,
@@ -649,9 +635,7 @@ class Shapes:
         return {"images": self.count, "names": f"shapes {self.size} {self.seed} {self.single}"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From images to batches on the device
-# ---------------------------------------------------------------------------------------------------------------------
+# --- From images to batches on the device ----------------------------------------------------------------------------
 
 def seed_device(*key):
     """Seed torch's generators, the device's too, with a tuple of whole numbers such as (seed, step, rank)."""
@@ -670,7 +654,7 @@ class Views(Dataset):
     def __getitem__(self, item):
         rng = np.random.default_rng((self.seed, *item))
         index, bad = item[1], ""
-        for _ in range(20):  # that many bad ones in a row, and the run is over at once: BadFiles sees to that
+        for _ in range(20):  # where so many in a row are bad, the Loader ends the run
             try:
                 return {**self.views(self.source.photo(index), rng), "index": item[1], "bad": bad}
             except UNREADABLE as error:
@@ -703,47 +687,35 @@ class GlobalBatches:
             yield [(epoch, int(i)) for i in order[start:start + share]]
 
 
-class BadFiles:
-    """Names each undecodable file once; ends the run when they are more than 1 % of the files seen."""
-
-    def __init__(self, images):
-        self.images, self.seen, self.names = images, 0, set()
-
-    def check(self, reports):
-        self.seen += len(reports)
-        for report in {r for r in reports if r} - self.names:
-            self.names.add(report)
-            print(f"cannot decode {report}: another image takes its place", file=sys.stderr, flush=True)
-        seen = min(self.images, max(self.seen, 1000))  # the first few prove nothing
-        if len(self.names) > 0.01 * seen:
-            print(f"{Path(sys.argv[0]).name}: error: {len(self.names)} of the first {min(self.seen, self.images)} files "
-                  "cannot be decoded, more than 1 %: mend or remove them", file=sys.stderr, flush=True)
-            sys.exit(2)
-
-
 class Loader:
-    """Batches on the device, of steps first ... last - 1 of a run; `.waited` is the seconds spent waiting for them.
+    """`views` of the images that `batches`, lists of (epoch, index), name: dicts of tensors on the device.
 
-    One iteration spans epochs, so no epoch starts with idle workers.
+    Names each undecodable file once, and ends the program when they are more than 1 % of the files seen. `.waited` is
+    the time spent waiting for images, in seconds.
     """
 
-    def __init__(self, source, views, args, device, first, last):
-        batches = GlobalBatches(len(source), args.batch_size, args.seed, first, last)
-        self.loader = DataLoader(Views(source, views, args.seed), batch_sampler=batches, num_workers=args.workers,
-                                 pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None,
-                                 multiprocessing_context="fork" if args.workers else None)
-        self.device, self.bad, self.waited = device, BadFiles(len(source)), 0.0
+    def __init__(self, source, views, batches, workers, device, seed=0):
+        self.source, self.device, self.waited, self.seen, self.bad = source, device, 0.0, 0, set()
+        self.loader = DataLoader(Views(source, views, seed), batch_sampler=batches, num_workers=workers,
+                                 pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+                                 multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
-        batches = iter(self.loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
+        start = time.perf_counter()
+        for batch in self.loader:
             self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            self.bad.check(batch.pop("bad"))
+            self.count(batch.pop("bad"))
             yield {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+            start = time.perf_counter()
+
+    def count(self, reports):
+        self.seen += len(reports)
+        for report in {report for report in reports if report} - self.bad:
+            self.bad.add(report)
+            print(f"cannot decode {report}: another image takes its place", file=sys.stderr, flush=True)
+        if len(self.bad) > 0.01 * min(len(self.source), max(self.seen, 1000)):  # the first few prove nothing
+            fail(f"{len(self.bad)} of the first {min(self.seen, len(self.source))} files cannot be decoded, more than "
+                 "1 %: mend or remove them", everywhere=True)
 
 
 def normalised(views):
@@ -751,82 +723,50 @@ def normalised(views):
     return Photometric().to(views.device)(views)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# kNN monitor
-# ---------------------------------------------------------------------------------------------------------------------
+# --- kNN monitor -----------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def features(backbone, source, size, device, workers=0, batch_size=128):
-    """Pooled and L2-normalised c5 of images rank, rank + world, ... of `source`: [n, C5] in half precision.
-
-    Centre crops of `size` pixels. Every process gets the same n: where the images run out, index 0 comes again.
-    """
-    mine = np.arange(rank(), math.ceil(len(source) / world_size()) * world_size(), world_size())
+def features(backbone, source, indices, size, device, workers):
+    """Pooled, L2-normalised c5 of centre crops, batch by batch: (indices [n], features [n, C5])."""
     view = lambda photo, rng: {"view": to_tensor(photo.cut([center_crop(photo.size)], [size])[0])}
-    batches = [[(0, int(i) if i < len(source) else 0) for i in part] for part in np.split(mine, range(batch_size, len(mine), batch_size))]
-    loader = DataLoader(Views(source, view, 0), batch_sampler=batches, num_workers=workers,
-                        multiprocessing_context="fork" if workers else None)
-    rows, bad = [], BadFiles(len(source))
-    for batch in loader:
-        bad.check(batch["bad"])
-        c5 = backbone(normalised(batch["view"].to(device, non_blocking=True)))[-1]
-        rows.append(F.normalize(c5.float().mean(dim=(2, 3)), dim=1).half())
-    return torch.cat(rows)
+    batches = ([(0, int(i)) for i in indices[start:start + 128]] for start in range(0, len(indices), 128))
+    for batch in Loader(source, view, batches, workers, device):
+        c5 = backbone(normalised(batch["view"]))[-1]
+        yield batch["index"], F.normalize(c5.float().mean(dim=(2, 3)), dim=1)
 
 
 @torch.no_grad()
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07):
     """Weighted k-nearest-neighbour top-1 of frozen features (Wu et al. 2018; the monitor of MoCo A.9), in [0, 1].
 
-    Training features stay where they were computed, 2 bytes a number; every process finds the k nearest among its own,
-    and only those travel. `train`, `val`: sources with labels.
+    Every process passes its share of the training images by all validation features and keeps the k nearest so far, so
+    that no training feature is ever stored. `train`, `val`: sources with labels; k: fewer where there are fewer.
     """
     labels, classes = train.labels()
     truth, _ = val.labels(classes)
-    training = backbone.training
+    training, k = backbone.training, min(k, len(train))
     backbone.eval()
-    if world_size() > 1:  # all with the running statistics of process 0, which are the ones a checkpoint holds
-        for buffer in backbone.buffers():
-            dist.broadcast(buffer, src=0)
-    bank, queries = (features(backbone, source, size, device, workers) for source in (train, val))  # [n, C], [m, C]
+    for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
+        dist.broadcast(buffer, src=0)
+    share = np.arange(rank(), len(val) + -len(val) % world_size(), world_size()) % len(val)  # as many in every process
+    index, rows = (all_gather(torch.cat(x)) for x in zip(*features(backbone, val, share, size, device, workers)))
+    queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C5]
+    best = torch.full((len(val), k), -2.0, device=device)                                      # similarities [M, k]
+    label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
+    labels = labels.to(device)
+    for index, rows in features(backbone, train, range(rank(), len(train), world_size()), size, device, workers):
+        best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
+        label = torch.cat([label, labels[index].expand(len(val), -1)], dim=1).gather(1, place)
+    best, place = all_gather(best.T).T.topk(k)                                                 # of [M, world*k]
+    label = all_gather(label.T).T.gather(1, place)
+    votes = torch.zeros(len(val), len(classes), device=device).scatter_add_(1, label, torch.exp(best / temperature))
     backbone.train(training)
-    own = torch.arange(rank(), len(bank) * world_size(), world_size())  # which training images the rows of bank are
-    bank_labels = labels[own.clamp(max=len(train) - 1)].to(device)
-    k = min(k, len(train))
-    hits = torch.zeros((), device=device)
-    index = torch.arange(len(queries)) * world_size()                   # of the queries of process 0
-    for rows, first in zip(queries.split(256), index.split(256)):
-        rows = all_gather(rows).to(bank.dtype)                                             # [Q, C], all processes'
-        best = torch.full((len(rows), k), -2.0, device=device)
-        label = torch.zeros_like(best, dtype=torch.long)
-        for start in range(0, len(bank), 65536):
-            part = rows.float() @ bank[start:start + 65536].float().T                      # [Q, <= 65536]
-            part[:, own[start:start + 65536].to(device) >= len(train)] = -2.0              # padding
-            best, label = nearest(best, label, part, bank_labels[start:start + 65536].expand(len(rows), -1), k)
-        if world_size() > 1:                                                               # every process's k nearest
-            best, label = (all_gather(x.T.contiguous()).T for x in (best, label))          # [Q, world*k]
-            best, place = best.topk(k)
-            label = label.gather(1, place)
-        votes = torch.zeros(len(rows), len(classes), device=device)
-        votes.scatter_add_(1, label, torch.exp(best / temperature))
-        image = (first[None] + torch.arange(world_size())[:, None]).flatten()
-        right = votes.argmax(dim=1) == truth[image.clamp(max=len(val) - 1)].to(device)
-        hits += (right & (image < len(val)).to(device)).sum()
-    return (hits / len(val)).item()
+    return (votes.argmax(dim=1) == truth.to(device)).float().mean().item()
 
 
-def nearest(best, label, similarity, labels, k):
-    """The k best of what was best so far and of new similarities, with their labels: two [Q, k]."""
-    best, place = torch.cat([best, similarity], dim=1).topk(k)
-    return best, torch.cat([label, labels], dim=1).gather(1, place)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the flags that all methods share; a method adds its own to `.own`.
+    """The flags that all methods share; a method adds its own to `.own`.
 
     Defaults come from `paper`, and from `demo` over it where no --data is given.
     """
@@ -836,84 +776,72 @@ class Parser(argparse.ArgumentParser):
         self.paper, self.demo = paper, demo
         self.own = self.add_argument_group("the paper's")
         add = self.add_argument_group("common to all five methods").add_argument
-        add("--data", metavar="DIR", help="folder of images, searched recursively; DIR/train where it exists (default: drawn shapes)")
-        add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}", help="checkpoint, log and picture; resumed where it holds a run (default: %(default)s)")
+        count = at_least(1)
+        add("--data", metavar="DIR", help="images, searched recursively; DIR/train if it exists (default: drawn shapes)")
+        add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
+            help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
         add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
-        add("--size", type=positive, help="side of a view in pixels")
-        add("--epochs", type=positive, help="passes over the data")
-        add("--batch-size", type=positive, help="images a step, over all processes")
+        add("--size", type=at_least(32), help="side of a view in pixels, 32 or more: the network's stride")
+        add("--epochs", type=count, help="passes over the data")
+        add("--batch-size", type=count, help="images a step, over all processes")
         add("--lr", type=float, help="learning rate at the paper's batch size, scaled linearly from there")
-        add("--workers", type=natural, help="loader processes for each process (default: the cores at hand, at most 16)")
-        add("--seed", type=natural, default=0, help="of every random draw (default: 0)")
-        add("--max-steps", type=positive, help="stop early, with a checkpoint")
-        add("--save-every", type=positive, default=1000, help="steps between checkpoints; one more each epoch (default: 1000)")
-        add("--print-every", type=positive, help="steps between lines of the log")
-        add("--knn", metavar="DIR", help="folder with labelled train/ and val/: kNN top-1 each epoch (default: none; shapes in the demo)")
+        add("--workers", type=at_least(0), help="loader processes of each process (default: its cores, at most 16)")
+        add("--seed", type=at_least(0), default=0, help="of every random draw (default: 0)")
+        add("--max-steps", type=count, help="stop early, with a checkpoint (default: no)")
+        add("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
+        add("--print-every", type=count, help="steps between lines of the log")
+        add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
         add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on CUDA)")
         add("--compile", action="store_true", help="torch.compile the model")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
     def format_help(self):
-        for action in self._actions:  # each flag shows its default in both settings
-            if action.dest in self.paper and action.help and "(default" not in action.help:
-                action.help += f" (default: {self.paper[action.dest]}"
-                action.help += f"; demo: {self.demo[action.dest]})" if action.dest in self.demo else ")"
+        for action in self._actions:
+            if action.dest in self.paper and "(default" not in action.help:
+                demo = f"; demo: {self.demo[action.dest]}" if action.dest in self.demo else ""
+                action.help += f" (default: {self.paper[action.dest]}{demo})"
         return super().format_help()
 
     def error(self, message):
         fail(f"{message} (see --help)")
 
     def parse(self, variant=lambda args: {}):
-        """The arguments, every default filled in: `demo`, over what `variant(args)` changes, over `paper`."""
+        """The arguments, every default filled in: from `demo`, else from `variant(args)`, else from `paper`."""
         args = self.parse_args()
-        defaults = {**self.paper, **variant(args), **({} if args.data else self.demo)}
-        for name, value in defaults.items():
+        for name, value in {**self.paper, **variant(args), **({} if args.data else self.demo)}.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if args.workers is None:
-            args.workers = min(16, len(os.sched_getaffinity(0)) // local)
+            args.workers = min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if args.amp is None:
             args.amp = "bf16" if torch.cuda.is_available() else "off"
         if args.batch_size % world_size():
             fail(f"--batch-size {args.batch_size} does not divide over {world_size()} processes: "
                  f"take {math.ceil(args.batch_size / world_size()) * world_size()}")
-        if args.size < 32:
-            fail(f"--size {args.size} is too small: the network's stride is 32, take 32 or more")
         return args
 
 
-def natural(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
-def positive(text):
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("it must be at least 1")
-    return int(text)
+def at_least(low):
+    def whole(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is too small: take {low} or more")
+        return int(text)
+    return whole
 
 
 def open_data(args):
-    """The images to train on and the pair to monitor with (or None): a folder's, or shapes where no --data is given."""
+    """The images to train on, and the pair to monitor with or None: of folders, or shapes where no --data is given."""
     shapes = lambda count, seed: Shapes(count, size=48, seed=args.seed + seed, single=True).draw_all()
     train = Path(args.data or "", "train")
     source = ImageFolder(train if train.is_dir() else args.data) if args.data else shapes(12288, 0)
     if len(source) < args.batch_size:
-        fail(f"{len(source)} images do not fill one batch of {args.batch_size}: take --batch-size {len(source)} or less")
+        fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
     if args.knn:
-        for part in ("train", "val"):
-            if not Path(args.knn, part).is_dir():
-                fail(f"--knn {args.knn} has no folder {part}/")
-        return source, (ImageFolder(Path(args.knn, "train")), ImageFolder(Path(args.knn, "val")))
+        return source, tuple(ImageFolder(Path(args.knn, part)) for part in ("train", "val"))
     return source, None if args.data else (shapes(3072, 1), shapes(1024, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, log, picture
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
 
 ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard"}
 
@@ -935,45 +863,47 @@ def save(path, **state):
 
 
 def save_run(args, source, method, model, optimizer, step):
-    """Write `last.pt`: all that `resume` needs to go on at `step` (the number of steps done)."""
+    """Write last.pt, from which `resume` goes on after `step` steps."""
     save(Path(args.out, "last.pt"), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
          epoch=step // (len(source) // args.batch_size), method=method, settings=settings(args, source),
-         generators={"torch": torch.get_rng_state()})  # every step seeds its own; kept for code that draws between steps
+         generators={"torch": torch.get_rng_state()})  # each step seeds its own; kept for code that draws in between
 
 
-def load(path, method=None):
-    """A checkpoint of ours as a dict on the CPU; exits with 2 where it is none, or is of another method."""
+def load(path):
+    """A checkpoint of ours as a dict on the CPU; exits with 2 where it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "epoch", "step", "method", "settings"} - set(state)
-    except Exception as error:  # whatever a damaged file makes of the unpickler
-        fail(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}): remove it or take another --out")
+    except Exception as error:  # a damaged file may make anything of the unpickler
+        fail(f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:60]}): remove it, or take another")
     if missing:
         fail(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
-    if method not in (None, state["method"]):
-        fail(f"{path} holds a run of {state['method']}, not {method}: take another --out")
     return state
 
 
 def resume(args, source, method, model, optimizer):
-    """Load `last.pt` where --out holds a run, and return the number of steps done (0 where it holds none)."""
-    path = Path(args.out, "last.pt")
+    """Load last.pt where --out holds a run; the number of steps done. Exits with 2 where that run is another one."""
+    path, step = Path(args.out, "last.pt"), 0
     try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror}")
-    if not path.exists():
-        return 0
-    state = load(path, method)
-    here, there = settings(args, source), state["settings"]
-    other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
-             if here.get(name) != there.get(name)]
-    if other:
-        fail(f"{args.out} holds a run with other settings: {', '.join(other)}; take another --out or the same settings")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["generators"]["torch"])
-    return state["step"]
+    if path.exists():
+        state = load(path)
+        there = {"method": state["method"], **state["settings"]}
+        here = {"method": method, **settings(args, source)}
+        other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
+                 if here.get(name) != there.get(name)]
+        if other:
+            fail(f"{args.out} holds a run with other settings: {', '.join(other)}; mend them or take another --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generators"]["torch"])
+        step = state["step"]
+    device = next(model.parameters()).device
+    if len(set(all_gather(torch.tensor([step], device=device)).tolist())) > 1:
+        fail(f"--out {args.out} is not the same folder on every node: put it where all of them see it")
+    return step
 
 
 class Log:
@@ -981,42 +911,40 @@ class Log:
 
     def __init__(self, args, source, step, total):
         self.steps_per_epoch, self.total, self.batch_size = len(source) // args.batch_size, total, args.batch_size
-        self.path, self.board = Path(args.out, "log.jsonl"), None
+        self.path, self.board, self.mark = Path(args.out, "log.jsonl"), None, (time.perf_counter(), step, 0.0)
         if rank() == 0:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
-            beside = Path(f"{self.path}.tmp")
-            beside.write_text("".join(line + "\n" for line in kept))
-            os.replace(beside, self.path)
+            rows = self.path.read_text().splitlines() if step and self.path.exists() else []
+            rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]  # a kill tears the last
+            self.path.write_text("".join(row + "\n" for row in rows))
             if args.tensorboard:
                 try:
                     from torch.utils.tensorboard import SummaryWriter
                 except ImportError:
                     fail("--tensorboard needs the package tensorboard: pip install tensorboard")
                 self.board = SummaryWriter(args.out, purge_step=step)
-        self.mark = time.perf_counter(), step, 0.0
 
     def write(self, step, values):
         if rank() == 0:
             row = {"epoch": step // self.steps_per_epoch, "step": step, **values}
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), flush=True)
+            print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                            for name, value in row.items()), flush=True)
             for name, value in values.items() if self.board else ():
                 self.board.add_scalar(name, value, step)
 
     def step(self, step, loss, stats, lr, waited):
-        """A row for the step just done, its figures averaged over the processes. The one place that waits for the device."""
+        """A row for the step just done, averaged over the processes; the one place that waits for the device."""
         figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
         if world_size() > 1:
             dist.all_reduce(figures)
         figures = (figures / world_size()).tolist()
-        now = time.perf_counter()
         then, step_then, waited_then = self.mark
-        self.mark = now, step, waited
+        self.restart_clock(step, waited)
+        took = self.mark[0] - then
         self.write(step, {"loss": figures[0], "lr": lr, **dict(zip(stats, figures[1:])),
-                          "images_per_s": round((step - step_then) * self.batch_size / (now - then), 1),
-                          "data_wait": round((waited - waited_then) / (now - then), 3)})
+                          "images_per_s": round((step - step_then) * self.batch_size / took, 1),
+                          "data_wait": round((waited - waited_then) / took, 3)})
 
     def restart_clock(self, step, waited):
         """Leave what happened since the last row, a kNN or a checkpoint, out of the next row's images_per_s."""
@@ -1024,13 +952,12 @@ class Log:
 
     def summary(self, negatives):
         """Print what a contrastive run has learned, beside what a network that knows nothing would show."""
-        if rank() == 0:
-            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-            losses, accuracies, knns = ([row[name] for row in rows if name in row] for name in ("loss", "accuracy", "knn"))
-            if losses:
-                print(f"step {rows[-1]['step']} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
-                      f"{math.log(negatives + 1):.2f}; pretext accuracy {np.mean(accuracies[-5:]):.1%}, chance is "
-                      f"{1 / (negatives + 1):.2%}" + (f"; kNN {knns[-1]:.1%}, untrained {knns[0]:.1%}" if knns else ""))
+        rows = [json.loads(row) for row in self.path.read_text().splitlines()] if rank() == 0 else []
+        losses, accuracies, knns = ([row[name] for row in rows if name in row] for name in ("loss", "accuracy", "knn"))
+        if losses:
+            print(f"step {rows[-1]['step']} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
+                  f"{math.log(negatives + 1):.2f}; pretext accuracy {np.mean(accuracies[-5:]):.1%}, chance is "
+                  f"{1 / (negatives + 1):.2%}" + (f"; kNN {knns[-1]:.1%}, untrained {knns[0]:.1%}" if knns else ""))
 
 
 def save_views(path, *views):

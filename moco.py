@@ -9,8 +9,8 @@ and consistent by encoding them with a network that follows the query network sl
     torchrun --nproc_per_node=8 moco.py --data /imagenet            as in the paper
     python moco.py --data DIR --mechanism bank|batch                the other dictionaries of Figure 2
 
-Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. `encoder_q.backbone.*`
-in last.pt has torchvision's ResNet keys.
+Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
+`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet.
 """
 import copy
 from functools import partial
@@ -38,7 +38,7 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def two_views(photo, rng, size, min_area):
-    """Two random crops of one image, each mirrored with probability 1/2 (Sec. 3.3): x_q and x_k, [3, size, size] uint8."""
+    """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size]."""
     crops = [common.random_crop(photo.size, (min_area, 1.0), rng) for _ in range(2)]
     views = [ImageOps.mirror(view) if rng.random() < 0.5 else view for view in photo.cut(crops, [size, size])]
     return {"x_q": common.to_tensor(views[0]), "x_k": common.to_tensor(views[1])}
@@ -102,7 +102,7 @@ class MoCo(nn.Module):
             negatives = self.queue.keys                                                   # [K, dim]
             self.new = k
         else:
-            k = self.encode_shuffled(self.encoder_q, batch["x_k"])                        # the gradient reaches keys too
+            k = self.encode_shuffled(self.encoder_q, batch["x_k"])                        # with gradient to keys
             return self.contrast_within_batch(q, common.all_gather(k))
         loss = common.info_nce(q, k, negatives, self.temperature)                         # Eq. 1
         return loss, {"accuracy": common.pretext_accuracy(q, k, negatives), "positive": (q * k).sum(dim=1).mean()}
@@ -151,18 +151,19 @@ def arguments():
     add = parser.own.add_argument
     add("--version", type=int, choices=[1, 2], help="1: linear head, step schedule; 2: MLP head, blur, cosine schedule")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
-    add("--queue", type=common.positive, help="K, the keys in the queue (or drawn from the bank)")
+    add("--queue", type=common.at_least(1), help="K, the keys in the queue (or drawn from the bank)")
     add("--momentum", type=float, help="m of Eq. 2; of the features for the bank (there 0.5)")
     add("--temperature", type=float, help="tau of Eq. 1; 0.07 in version 1")
-    add("--dim", type=common.positive, help="length of a query or key")
+    add("--dim", type=common.at_least(1), help="length of a query or key")
     add("--min-area", type=float, help="smallest share of the image in a crop")
-    add("--warmup", type=common.natural, help="steps in which the learning rate rises from 0")
-    add("--bn-splits", type=common.positive, help="BN groups of a batch on one process (default: 8, or what a small batch allows)")
+    add("--warmup", type=common.at_least(0), help="steps in which the learning rate rises from 0")
+    add("--bn-splits", type=common.at_least(1), help="BN groups of one process (default: 8, fewer for a small batch)")
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
     args = parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
                                       **({"momentum": 0.5} if args.mechanism == "bank" else {})})
     if args.bn_splits is None:
-        args.bn_splits = next(s for s in (8, 4, 2, 1) if s == 1 or (args.batch_size % s == 0 and args.batch_size >= 4 * s))
+        fits = lambda groups: args.batch_size % groups == 0 and args.batch_size >= 4 * groups
+        args.bn_splits = next(filter(fits, (8, 4, 2)), 1)
     groups = args.bn_splits if common.world_size() == 1 else common.world_size()
     if args.batch_size % groups or args.batch_size < 2 * groups:
         common.fail(f"a batch of {args.batch_size} does not fall into {groups} BN groups of 2 images or more: "
@@ -176,8 +177,8 @@ def main():
     source, monitor = common.open_data(args)
     negatives = args.batch_size - 1 if args.mechanism == "batch" else args.queue
     if args.mechanism == "queue" and args.queue > len(source) and common.rank() == 0:
-        print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so among a query's negatives are "
-              f"older keys of its own image; --queue {len(source) // 2} or less avoids that")
+        print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so among a query's negatives "
+              f"are older keys of its own image; --queue {len(source) // 2} or less avoids that")
 
     common.seed_device(args.seed)
     model = MoCo(args.arch, len(source), args.version, args.mechanism, args.queue, args.momentum, args.temperature,
@@ -188,13 +189,16 @@ def main():
     steps_per_epoch = len(source) // args.batch_size
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
-    loader = common.Loader(source, partial(two_views, size=args.size, min_area=args.min_area), args, device, step, last)
+    batches = common.GlobalBatches(len(source), args.batch_size, args.seed, step, last)
+    loader = common.Loader(source, partial(two_views, size=args.size, min_area=args.min_area), batches, args.workers,
+                           device, args.seed)
     log = common.Log(args, source, step, total)
     ddp = common.parallel(model, device, args.compile)
 
     def knn():
         if monitor:
             log.write(step, {"knn": common.knn(model.encoder_q.backbone, *monitor, args.size, device, args.workers)})
+            log.restart_clock(step, loader.waited)
 
     if step == 0:
         knn()
@@ -217,7 +221,7 @@ def main():
             log.step(step, loss, stats, lr, loader.waited)
         if step % steps_per_epoch == 0:
             knn()
-        if step % args.save_every == 0 or step % steps_per_epoch == 0 or step == last:
+        if step % args.save_every == 0 or step == last:
             common.save_run(args, source, "moco", model, optimizer, step)
             log.restart_clock(step, loader.waited)
     log.summary(negatives)

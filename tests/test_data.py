@@ -1,8 +1,5 @@
 """Images, shapes, sampler, kNN: from files to batches."""
-import os
-import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,8 +165,8 @@ def whole_view(photo, rng):
 
 
 def loader(source, workers=0, epochs=1, batch_size=8):
-    args = SimpleNamespace(batch_size=batch_size, seed=0, workers=workers)
-    return common.Loader(source, whole_view, args, torch.device("cpu"), 0, epochs * (len(source) // batch_size))
+    batches = common.GlobalBatches(len(source), batch_size, 0, 0, epochs * (len(source) // batch_size))
+    return common.Loader(source, whole_view, batches, workers, torch.device("cpu"))
 
 
 def test_the_number_of_workers_changes_nothing(pictures):
