@@ -616,13 +616,10 @@ class Shapes:
         boxes = torchvision.ops.masks_to_boxes(torch.from_numpy(masks[keep])).numpy() + np.float32([0, 0, 1, 1])
         return image, boxes, masks[keep], np.asarray(classes)[keep].astype(np.int64)
 
-    def picture(self, i):
-        return self.scene(i)[0]
-
     def draw_all(self):
         """Draw every picture now, on all cores, into memory that workers share: no epoch draws them again."""
         with multiprocessing.get_context("fork").Pool() as pool:
-            self.pictures = np.stack(pool.map(self.picture, range(self.count), chunksize=32))
+            self.pictures = np.stack([scene[0] for scene in pool.imap(self.scene, range(self.count), chunksize=64)])
         return self
 
     def photo(self, i):
@@ -663,28 +660,18 @@ class Views(Dataset):
         return {**self.views(Photo(Image.new("RGB", (256, 256)), index), rng), "index": item[1], "bad": bad}
 
 
-class GlobalBatches:
+def global_batches(images, batch_size, seed, first, last):
     """This process's share of every batch of steps first ... last - 1 of a run, as lists of (epoch, index).
 
     Global batch k of an epoch holds the same images whatever the number of processes.
     """
-
-    def __init__(self, images, batch_size, seed, first, last):
-        self.images, self.batch_size, self.seed, self.first, self.last = images, batch_size, seed, first, last
-        self.steps_per_epoch = images // batch_size
-
-    def __len__(self):
-        return max(0, self.last - self.first)
-
-    def __iter__(self):
-        share, order_of = self.batch_size // world_size(), -1
-        for step in range(self.first, self.last):
-            epoch, k = divmod(step, self.steps_per_epoch)
-            if epoch != order_of:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-                order_of = epoch
-            start = k * self.batch_size + rank() * share
-            yield [(epoch, int(i)) for i in order[start:start + share]]
+    order_of, share = None, batch_size // world_size()
+    for step in range(first, last):
+        epoch, k = divmod(step, images // batch_size)
+        if epoch != order_of:
+            order_of, order = epoch, np.random.default_rng((seed, epoch)).permutation(images)
+        start = k * batch_size + rank() * share
+        yield [(epoch, int(i)) for i in order[start:start + share]]
 
 
 class Loader:
@@ -718,19 +705,15 @@ class Loader:
                  "1 %: mend or remove them", everywhere=True)
 
 
-def normalised(views):
-    """uint8 [N, 3, H, W] -> what the backbone takes, without augmentation."""
-    return Photometric().to(views.device)(views)
-
-
 # --- kNN monitor -----------------------------------------------------------------------------------------------------
 
 def features(backbone, source, indices, size, device, workers):
     """Pooled, L2-normalised c5 of centre crops, batch by batch: (indices [n], features [n, C5])."""
     view = lambda photo, rng: {"view": to_tensor(photo.cut([center_crop(photo.size)], [size])[0])}
     batches = ([(0, int(i)) for i in indices[start:start + 128]] for start in range(0, len(indices), 128))
+    normalise = Photometric().to(device)
     for batch in Loader(source, view, batches, workers, device):
-        c5 = backbone(normalised(batch["view"]))[-1]
+        c5 = backbone(normalise(batch["view"]))[-1]
         yield batch["index"], F.normalize(c5.float().mean(dim=(2, 3)), dim=1)
 
 
@@ -777,7 +760,7 @@ class Parser(argparse.ArgumentParser):
         self.own = self.add_argument_group("the paper's")
         add = self.add_argument_group("common to all five methods").add_argument
         count = at_least(1)
-        add("--data", metavar="DIR", help="images, searched recursively; DIR/train if it exists (default: drawn shapes)")
+        add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
             help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
         add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
@@ -806,9 +789,9 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
     def parse(self, variant=lambda args: {}):
-        """The arguments, every default filled in: from `demo`, else from `variant(args)`, else from `paper`."""
+        """The arguments, every default filled in: from `variant(args)`, else `demo` without --data, else `paper`."""
         args = self.parse_args()
-        for name, value in {**self.paper, **variant(args), **({} if args.data else self.demo)}.items():
+        for name, value in {**self.paper, **({} if args.data else self.demo), **variant(args)}.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
         if args.workers is None:
@@ -846,11 +829,6 @@ def open_data(args):
 ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard"}
 
 
-def settings(args, source):
-    """What a run is a function of, as plain values; the data by its names, so that it may move to another folder."""
-    return {name: value for name, value in vars(args).items() if name not in ONLY_RUNNING} | source.identity()
-
-
 def save(path, **state):
     """Write a checkpoint whole or not at all; in process 0 alone."""
     if rank() == 0:
@@ -860,13 +838,6 @@ def save(path, **state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-
-
-def save_run(args, source, method, model, optimizer, step):
-    """Write last.pt, from which `resume` goes on after `step` steps."""
-    save(Path(args.out, "last.pt"), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-         epoch=step // (len(source) // args.batch_size), method=method, settings=settings(args, source),
-         generators={"torch": torch.get_rng_state()})  # each step seeds its own; kept for code that draws in between
 
 
 def load(path):
@@ -881,81 +852,105 @@ def load(path):
     return state
 
 
-def resume(args, source, method, model, optimizer):
-    """Load last.pt where --out holds a run; the number of steps done. Exits with 2 where that run is another one."""
-    path, step = Path(args.out, "last.pt"), 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-    if path.exists():
-        state = load(path)
-        there = {"method": state["method"], **state["settings"]}
-        here = {"method": method, **settings(args, source)}
-        other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
-                 if here.get(name) != there.get(name)]
-        if other:
-            fail(f"{args.out} holds a run with other settings: {', '.join(other)}; mend them or take another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["generators"]["torch"])
-        step = state["step"]
-    device = next(model.parameters()).device
-    if len(set(all_gather(torch.tensor([step], device=device)).tolist())) > 1:
-        fail(f"--out {args.out} is not the same folder on every node: put it where all of them see it")
-    return step
+class Run:
+    """A run in its folder --out: resumed from last.pt and saved there, logged to log.jsonl, console and TensorBoard.
 
+    `.step` counts the steps done (the loop adds one), `.total` those of the whole run; `.last` is where --max-steps
+    stops it. Exits with 2 where the folder holds another run. A resumed log reads as one uninterrupted run.
+    """
 
-class Log:
-    """log.jsonl, the console and TensorBoard, from process 0; a resumed run's file reads as one run."""
-
-    def __init__(self, args, source, step, total):
-        self.steps_per_epoch, self.total, self.batch_size = len(source) // args.batch_size, total, args.batch_size
-        self.path, self.board, self.mark = Path(args.out, "log.jsonl"), None, (time.perf_counter(), step, 0.0)
+    def __init__(self, args, source, method, model, optimizer):
+        self.args, self.source, self.method, self.model, self.optimizer = args, source, method, model, optimizer
+        self.steps_per_epoch = len(source) // args.batch_size
+        self.total = args.epochs * self.steps_per_epoch
+        self.last = min(self.total, args.max_steps or self.total)
+        self.settings = {name: x for name, x in vars(args).items() if name not in ONLY_RUNNING} | source.identity()
+        self.out, self.step, self.board = Path(args.out), 0, None
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {args.out}: {error.strerror}")
+        if Path(self.out, "last.pt").exists():
+            self.resume(load(Path(self.out, "last.pt")))
+        if len(set(all_gather(torch.tensor([self.step], device=next(model.parameters()).device)).tolist())) > 1:
+            fail(f"--out {args.out} is not the same folder on every node: put it where all of them see it")
         if rank() == 0:
-            rows = self.path.read_text().splitlines() if step and self.path.exists() else []
-            rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]  # a kill tears the last
-            self.path.write_text("".join(row + "\n" for row in rows))
+            rows = [row for row in self.rows() if self.step and row["step"] <= self.step]
+            Path(self.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             if args.tensorboard:
                 try:
                     from torch.utils.tensorboard import SummaryWriter
                 except ImportError:
                     fail("--tensorboard needs the package tensorboard: pip install tensorboard")
-                self.board = SummaryWriter(args.out, purge_step=step)
+                self.board = SummaryWriter(args.out, purge_step=self.step)
 
-    def write(self, step, values):
-        if rank() == 0:
-            row = {"epoch": step // self.steps_per_epoch, "step": step, **values}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                            for name, value in row.items()), flush=True)
-            for name, value in values.items() if self.board else ():
-                self.board.add_scalar(name, value, step)
+    def resume(self, state):
+        there, here = {"method": state["method"], **state["settings"]}, {"method": self.method, **self.settings}
+        other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
+                 if here.get(name) != there.get(name)]
+        if other:
+            fail(f"{self.out} holds a run with other settings: {', '.join(other)}; mend them or take another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generators"]["torch"])
+        self.step = state["step"]
 
-    def step(self, step, loss, stats, lr, waited):
+    def save(self):
+        save(Path(self.out, "last.pt"), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+             epoch=self.step // self.steps_per_epoch, step=self.step, method=self.method, settings=self.settings,
+             generators={"torch": torch.get_rng_state()})  # each step seeds its own; kept for draws in between
+        self.restart_clock()
+
+    def batches(self, views, device):
+        """What is left of the run: every batch of `views` of the data, on the device, across epochs."""
+        steps = global_batches(len(self.source), self.args.batch_size, self.args.seed, self.step, self.last)
+        self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed)
+        self.restart_clock()
+        return self.loader
+
+    def restart_clock(self):
+        """What happened since the last row does not count in images_per_s."""
+        self.mark = time.perf_counter(), self.step, self.loader.waited
+
+    def log(self, loss, stats, lr):
         """A row for the step just done, averaged over the processes; the one place that waits for the device."""
         figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
         if world_size() > 1:
             dist.all_reduce(figures)
         figures = (figures / world_size()).tolist()
-        then, step_then, waited_then = self.mark
-        self.restart_clock(step, waited)
-        took = self.mark[0] - then
-        self.write(step, {"loss": figures[0], "lr": lr, **dict(zip(stats, figures[1:])),
-                          "images_per_s": round((step - step_then) * self.batch_size / took, 1),
-                          "data_wait": round((waited - waited_then) / took, 3)})
+        start, step, waited = self.mark
+        self.restart_clock()
+        took = self.mark[0] - start
+        self.write({"loss": figures[0], "lr": lr, **dict(zip(stats, figures[1:])),
+                    "images_per_s": round((self.step - step) * self.args.batch_size / took, 1),
+                    "data_wait": round((self.loader.waited - waited) / took, 3)})
 
-    def restart_clock(self, step, waited):
-        """Leave what happened since the last row, a kNN or a checkpoint, out of the next row's images_per_s."""
-        self.mark = time.perf_counter(), step, waited
+    def monitor(self, backbone, pair, device):
+        """A row with the kNN accuracy of `backbone` on (train, val)."""
+        self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers)})
+        self.restart_clock()
+
+    def write(self, values):
+        if rank() == 0:
+            row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
+            with open(Path(self.out, "log.jsonl"), "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ",
+                  flush=True)
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, self.step)
+
+    def rows(self):
+        """What log.jsonl holds so far; without a line that a kill may have torn."""
+        path = Path(self.out, "log.jsonl")
+        return [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")] if path.exists() else []
 
     def summary(self, negatives):
         """Print what a contrastive run has learned, beside what a network that knows nothing would show."""
-        rows = [json.loads(row) for row in self.path.read_text().splitlines()] if rank() == 0 else []
+        rows = self.rows()
         losses, accuracies, knns = ([row[name] for row in rows if name in row] for name in ("loss", "accuracy", "knn"))
-        if losses:
-            print(f"step {rows[-1]['step']} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
+        if losses and rank() == 0:
+            print(f"step {self.step} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
                   f"{math.log(negatives + 1):.2f}; pretext accuracy {np.mean(accuracies[-5:]):.1%}, chance is "
                   f"{1 / (negatives + 1):.2%}" + (f"; kNN {knns[-1]:.1%}, untrained {knns[0]:.1%}" if knns else ""))
 

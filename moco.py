@@ -177,54 +177,42 @@ def main():
     source, monitor = common.open_data(args)
     negatives = args.batch_size - 1 if args.mechanism == "batch" else args.queue
     if args.mechanism == "queue" and args.queue > len(source) and common.rank() == 0:
-        print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so among a query's negatives "
-              f"are older keys of its own image; --queue {len(source) // 2} or less avoids that")
+        print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so older keys of a query's "
+              f"own image are among its negatives; --queue {len(source) // 2} or less avoids that")
 
     common.seed_device(args.seed)
     model = MoCo(args.arch, len(source), args.version, args.mechanism, args.queue, args.momentum, args.temperature,
                  args.dim, bn_splits=args.bn_splits if common.world_size() == 1 else 1, shuffle=not args.no_shuffle)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    step = common.resume(args, source, "moco", model, optimizer)
-    steps_per_epoch = len(source) // args.batch_size
-    total = args.epochs * steps_per_epoch
-    last = min(total, args.max_steps or total)
-    batches = common.GlobalBatches(len(source), args.batch_size, args.seed, step, last)
-    loader = common.Loader(source, partial(two_views, size=args.size, min_area=args.min_area), batches, args.workers,
-                           device, args.seed)
-    log = common.Log(args, source, step, total)
+    run = common.Run(args, source, "moco", model, optimizer)
+    batches = run.batches(partial(two_views, size=args.size, min_area=args.min_area), device)
     ddp = common.parallel(model, device, args.compile)
 
-    def knn():
-        if monitor:
-            log.write(step, {"knn": common.knn(model.encoder_q.backbone, *monitor, args.size, device, args.workers)})
-            log.restart_clock(step, loader.waited)
-
-    if step == 0:
-        knn()
-    for batch in loader:
-        if step == 0:
+    if monitor and run.step == 0:
+        run.monitor(model.encoder_q.backbone, monitor, device)
+    for batch in batches:
+        if run.step == 0:
             views = [common.denormalised(model.photometric(batch[name][:8])) for name in ("x_q", "x_k")]
             common.save_views(Path(args.out, "views.png"), *views)
-        common.seed_device(args.seed, step, common.rank())
-        optimizer.param_groups[0]["lr"] = lr = common.learning_rate(
-            args.lr * args.batch_size / PAPER["batch_size"], step, total, args.warmup,
-            drops=(0.6, 0.8) if args.version == 1 else None)
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total, args.warmup,
+                                  drops=(0.6, 0.8) if args.version == 1 else None)
+        optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             loss, stats = ddp(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.update()
-        step += 1
-        if step % args.print_every == 0:
-            log.step(step, loss, stats, lr, loader.waited)
-        if step % steps_per_epoch == 0:
-            knn()
-        if step % args.save_every == 0 or step == last:
-            common.save_run(args, source, "moco", model, optimizer, step)
-            log.restart_clock(step, loader.waited)
-    log.summary(negatives)
+        run.step += 1
+        if run.step % args.print_every == 0:
+            run.log(loss, stats, lr)
+        if monitor and run.step % run.steps_per_epoch == 0:
+            run.monitor(model.encoder_q.backbone, monitor, device)
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    run.summary(negatives)
 
 
 if __name__ == "__main__":

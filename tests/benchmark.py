@@ -49,13 +49,14 @@ def jpegs(folder, count, size):
 
 
 def loader(args, folder):
-    """Images/s of one core: two uint8 views cut by a worker, and MoCo v2's whole augmentation there, on PIL as released."""
+    """Images/s of one core: two uint8 views cut by a worker, and all of MoCo v2's augmentation there, on PIL."""
     source = common.ImageFolder(args.images or jpegs(folder, 48, (500, 375)))
     count = min(len(source), 96)
-    blur = lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))  # faster than torchvision's
-    augment = T.Compose([T.RandomResizedCrop(224, (0.2, 1.0)), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                         T.RandomGrayscale(0.2), T.RandomApply([T.Lambda(blur)], p=0.5), T.RandomHorizontalFlip(),
-                         T.ToTensor(), T.Normalize(common.MEAN, common.STD)])
+    blur = lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))  # PIL's is the fastest
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    augment = T.Compose([T.RandomResizedCrop(224, (0.2, 1.0)), jitter, T.RandomGrayscale(0.2),
+                         T.RandomApply([T.Lambda(blur)], p=0.5), T.RandomHorizontalFlip(), T.ToTensor(),
+                         T.Normalize(common.MEAN, common.STD)])
 
     def theirs():
         for i in range(count):
@@ -76,8 +77,8 @@ def photo(args, folder):
         path = Path(jpegs(tempfile.mkdtemp(dir=folder), 1, size)) / "0.jpg"
         crops = [common.random_crop(size, (0.2, 1.0), np.random.default_rng(k)) for k in range(2)]
         cut = seconds(lambda: common.Photo(Image.open(path), 0).cut(crops, [224, 224]))
-        whole = seconds(lambda: [Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR, box=c) for c in crops[:1]])
-        print(f"photo: two views of a {name} JPEG {cut * 1000:.1f} ms; decoded whole, one view {whole * 1000:.1f} ms")
+        whole = seconds(lambda: common.Photo(Image.open(path).convert("RGB"), 0).cut(crops, [224, 224]))
+        print(f"photo: two views of a {name} JPEG {cut * 1000:.1f} ms, decoded whole {whole * 1000:.1f} ms")
 
 
 def scan(args, folder):
@@ -109,9 +110,9 @@ def scan(args, folder):
     took, grown = time.perf_counter() - start, peak() - before
     print(f"scan: {len(source)} paths in {took:.1f} s, {grown:.0f} MB more at the peak, "
           f"{(source.names.nbytes + source.ends.nbytes) / 2**20:.0f} MB kept")
-    ours = growth(lambda: [source.name(i) for i in range(len(source))])
+    ours = growth(lambda: [0 for i in range(len(source)) if not source.name(i)])
     strings = [source.name(i) for i in range(len(source))]
-    theirs = growth(lambda: [strings[i] for i in range(len(strings))])
+    theirs = growth(lambda: [0 for name in strings if not name])
     print(f"scan: a worker that reads them all grows by {ours:.0f} MB; with a list of strings by {theirs:.0f} MB")
 
 
@@ -132,12 +133,14 @@ def bn(args, folder):
     x = torch.randn(n, 3, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
     def step(groups, parts):
-        net = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=groups)).to(DEVICE, memory_format=torch.channels_last)
+        net = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=groups))
+        net.to(DEVICE, memory_format=torch.channels_last)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             return seconds(lambda: sum(net(part)[-1].square().mean() for part in x.chunk(parts)).backward())
 
     one, modules, passes = step(1, 1), step(8, 1), step(1, 8)
-    print(f"bn: a step of {arch} with 8 groups takes {modules / one:.2f} of its time with one; as 8 passes {passes / one:.2f}")
+    print(f"bn: a step of {arch} with 8 BN groups takes {modules / one:.2f} of its time with one group, "
+          f"as 8 passes of the network {passes / one:.2f}")
 
 
 def step(args, folder):
@@ -147,11 +150,11 @@ def step(args, folder):
         return
     model = moco.MoCo("resnet50", 10**6, bn_splits=8).to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.03, momentum=0.9)
-    batch = {name: torch.randint(0, 256, (256, 3, 224, 224), dtype=torch.uint8, device=DEVICE) for name in ("x_q", "x_k")}
+    views = torch.randint(0, 256, (2, 256, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
 
     def work():
         with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = model({**batch, "index": torch.arange(256, device=DEVICE)})
+            loss, _ = model({"x_q": views[0], "x_k": views[1]})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -159,7 +162,7 @@ def step(args, folder):
 
     bare = 256 / seconds(work, 20)
     jpegs(folder, 2048, (500, 375))
-    sys.argv = ["moco.py", "--data", folder, "--out", f"{folder}/run", "--queue", "1024", "--epochs", "20", "--print-every", "20"]
+    sys.argv = f"moco.py --data {folder} --out {folder}/run --queue 1024 --epochs 20 --print-every 20".split()
     moco.main()
     rows = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
     whole = float(np.median([row["images_per_s"] for row in rows[2:]]))
@@ -172,7 +175,8 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="*", help="loader photo scan photometric bn step")
     parser.add_argument("--images", help="folder of images for `loader`")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, {os.cpu_count()} cores")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
     for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "step"]:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

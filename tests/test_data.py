@@ -144,8 +144,7 @@ def test_a_single_shape_has_its_label_and_fills_its_picture():
 # --- sampler and loader ---
 
 def my_batches(first_step):
-    batches = common.GlobalBatches(50, 12, seed=7, first=first_step, last=12)  # three epochs of 4 steps
-    return list(batches)
+    return list(common.global_batches(50, 12, seed=7, first=first_step, last=12))  # three epochs of 4 steps
 
 
 def test_global_batches_hold_the_same_images_whatever_the_number_of_processes():
@@ -165,7 +164,7 @@ def whole_view(photo, rng):
 
 
 def loader(source, workers=0, epochs=1, batch_size=8):
-    batches = common.GlobalBatches(len(source), batch_size, 0, 0, epochs * (len(source) // batch_size))
+    batches = common.global_batches(len(source), batch_size, 0, 0, epochs * (len(source) // batch_size))
     return common.Loader(source, whole_view, batches, workers, torch.device("cpu"))
 
 
