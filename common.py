@@ -1,7 +1,7 @@
 """What all five methods need and none of the papers is about.
 
 In this order: distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and momentum,
-LARS and schedules, photometric augmentation, images and sampler, kNN monitor, command line, checkpoints, log.
+LARS and schedules, photometric augmentation, images and sampler, checkpoints, log, kNN monitor, command line.
 
 Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
 uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalised floats.
@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +26,20 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as all five papers use
+Image.MAX_IMAGE_PIXELS = None                             # the images are the user's own, however large
 
 
 def fail(message, everywhere=False):
     """End the program as a usage error: one line on stderr, from process 0 unless `everywhere`, and exit code 2."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun stops the others as soon as one ends: let process 0 speak first
     sys.exit(2)
 
 
@@ -47,10 +51,16 @@ def init_distributed():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        torch.backends.cudnn.benchmark = True  # the batches of training have one shape
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
+
+
+def finish():
+    """Leave the processes that `init_distributed` joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size():
@@ -180,11 +190,10 @@ def roi_align(features, boxes, output_size, stride):
     features [N, C, H, W] at `stride`; boxes [N, K, 4] xyxy in pixels of the network's input -> [N*K, C, S, S],
     image-major. In float32 at least, whatever autocast says: bf16 cannot tell pixel 256 from 257.
     """
+    wide, = float32(features)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None]
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    rois = torch.cat([image.to(dtype), boxes.flatten(0, 1).to(dtype)], dim=1)  # [N*K, 5]
-    pooled = torchvision.ops.roi_align(features.to(dtype), rois, output_size, 1 / stride, aligned=True)
-    return pooled.to(features.dtype)
+    rois = torch.cat([image.to(wide), boxes.flatten(0, 1).to(wide)], dim=1)  # [N*K, 5]
+    return torchvision.ops.roi_align(wide, rois, output_size, 1 / stride, aligned=True).to(features.dtype)
 
 
 # --- Queue, InfoNCE and momentum -------------------------------------------------------------------------------------
@@ -203,12 +212,17 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put in the rows of `keys` [N, dim] (normalised) of every process, in rank order; N is any number."""
+        """Put in the rows of `keys` [N, dim], normalised, of every process, in rank order; any N, the same in all."""
         keys = all_gather(keys.detach()).to(self.keys.dtype)
         size = len(self.keys)
         index = self.position + torch.arange(len(keys), device=keys.device)
         self.keys[index[-size:] % size] = keys[-size:]  # of more rows than fit, the last stay
         self.position.copy_((self.position + len(keys)) % size)
+
+
+def float32(*tensors):
+    """The tensors in float32, or in float64 where they are."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
 def info_nce(q, k, negatives, temperature):
@@ -218,7 +232,7 @@ def info_nce(q, k, negatives, temperature):
     about log(K + 1) for a network that knows nothing.
     """
     with torch.autocast(q.device.type, enabled=False):                   # bf16 is too coarse for a similarity / 0.07
-        q, k, negatives = q.float(), k.float(), negatives.float()
+        q, k, negatives = float32(q, k, negatives)
         positive = (q * k).sum(dim=1, keepdim=True)                      # [N, 1]
         logits = torch.cat([positive, q @ negatives.T], dim=1)           # [N, 1 + K]
         target = torch.zeros(len(q), dtype=torch.long, device=q.device)  # the key is column 0
@@ -229,7 +243,7 @@ def info_nce(q, k, negatives, temperature):
 def pretext_accuracy(q, k, negatives):
     """Share of the queries that are nearer to their own key than to every negative; a tie is no hit."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k, negatives = q.float(), k.float(), negatives.float()
+        q, k, negatives = float32(q, k, negatives)
         return ((q * k).sum(dim=1) > (q @ negatives.T).amax(dim=1)).float().mean()
 
 
@@ -251,7 +265,11 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.ndim <= 1)
             if not params:
@@ -271,6 +289,7 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(velocity, group["momentum"])
             torch._foreach_add_(velocity, updates)
             torch._foreach_add_(params, velocity, alpha=-group["lr"])
+        return loss
 
 
 def cosine(start, end, step, total):
@@ -304,7 +323,7 @@ class Photometric(nn.Module):
                  blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0, mean=MEAN, std=STD):
         super().__init__()
         self.jitter_p, self.grey_p, self.blur_p, self.solarize_p = jitter_p, grey_p, blur_p, solarize_p
-        self.sigma = sigma
+        self.sigma, self.jitters = sigma, any((brightness, contrast, saturation, hue))
         self.register_buffer("strength", torch.tensor([brightness, contrast, saturation, hue]), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -312,11 +331,14 @@ class Photometric(nn.Module):
     def draw(self, n):
         """Parameters of n samples: a dict of tensors with n rows."""
         uniform = lambda *shape: torch.rand(n, *shape, device=self.mean.device)
-        jitter = (2 * uniform(4) - 1) * self.strength * (uniform(1) < self.jitter_p)
+        jitter, draws = uniform(1) < self.jitter_p, uniform(4)
+        low = (1 - self.strength[:3]).clamp(min=0)
+        factor = torch.lerp(low.expand(n, 3), 1 + self.strength[:3], draws[:, :3])
+        hue = (2 * draws[:, 3] - 1) * self.strength[3]
         low, high = self.sigma
         return {
-            "factor": (1 + jitter[:, :3]).clamp(min=0),          # [n, 3] brightness, contrast, saturation
-            "hue": jitter[:, 3],                                 # [n] turns of the colour circle
+            "factor": torch.where(jitter, factor, 1.0),          # [n, 3] brightness, contrast, saturation
+            "hue": torch.where(jitter[:, 0], hue, 0.0),          # [n] turns of the colour circle
             "order": uniform(4).argsort(dim=1),                  # [n, 4] which op comes first, ...; op 3 is hue
             "grey": uniform() < self.grey_p,                     # [n]
             "blur": uniform() < self.blur_p,                     # [n]
@@ -332,14 +354,15 @@ class Photometric(nn.Module):
 
     def apply_draw(self, x, draw):
         """The drawn parameters applied to x [N, 3, H, W] in [0, 1]; no sample is looked at alone."""
-        # Three blends before hue and three after it serve all 24 orders: a blend with factor 1 does nothing.
-        factor = F.pad(draw["factor"], (0, 1), value=1.0).gather(1, draw["order"])  # [N, 4] by place in the order
-        hue_at = (draw["order"] == 3).float().argmax(dim=1)                         # [N]
-        for place in (0, 1, 2):
-            x = self.blend(x, draw["order"][:, place], torch.where(hue_at > place, factor[:, place], 1.0))
-        x = self.turn_hue(x, draw["hue"])
-        for place in (1, 2, 3):
-            x = self.blend(x, draw["order"][:, place], torch.where(hue_at < place, factor[:, place], 1.0))
+        if self.jitters:
+            # Three blends before hue and three after it serve all 24 orders: a blend with factor 1 does nothing.
+            factor = F.pad(draw["factor"], (0, 1), value=1.0).gather(1, draw["order"])  # [N, 4] by place in the order
+            hue_at = (draw["order"] == 3).float().argmax(dim=1)                         # [N]
+            for place in (0, 1, 2):
+                x = self.blend(x, draw["order"][:, place], torch.where(hue_at > place, factor[:, place], 1.0))
+            x = self.turn_hue(x, draw["hue"])
+            for place in (1, 2, 3):
+                x = self.blend(x, draw["order"][:, place], torch.where(hue_at < place, factor[:, place], 1.0))
         if self.grey_p:
             x = torch.where(draw["grey"].view(-1, 1, 1, 1), luma(x), x)
         if self.blur_p:
@@ -387,16 +410,32 @@ def luma(x):
 # --- Images: one photo, a folder of them, shapes drawn on the fly ----------------------------------------------------
 
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what brings the picture upright
+
+
+class Unreadable(Exception):
+    """A file that cannot be decoded."""
+
+
+@contextmanager
+def decoding():
+    """Whatever Pillow makes of a damaged file becomes Unreadable."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, struct.error, zlib.error) as error:
+        raise Unreadable(error) from error
 
 
 class Photo:
-    """One image, not decoded before views are cut from it. `.size` is (width, height) as the camera was held."""
+    """One image; JPEG is not decoded before views are cut from it. `.size` is (width, height), upright."""
 
     def __init__(self, image, index):
         self.image, self.index = image, index
-        width, height = image.size
-        self.size = (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)  # EXIF orientation
+        orientation = image.getexif().get(0x0112)
+        self.turn = TURNS.get(orientation)
+        self.size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
 
     def cut(self, crops, sizes, resample=Image.Resampling.BILINEAR):
         """Cut every crop (xyxy, pixels of the image) to a square of its size; gives RGB PIL images.
@@ -405,9 +444,11 @@ class Photo:
         its pixels, so a 12-megapixel photograph costs little more than a small one.
         """
         scale = max(size / min(x2 - x1, y2 - y1) for (x1, y1, x2, y2), size in zip(crops, sizes))
-        if scale < 1:
-            self.image.draft(None, [math.ceil(side * scale) for side in self.image.size])
-        image = to_rgb(self.image)
+        with decoding():
+            if scale < 1:
+                self.image.draft(None, [math.ceil(side * scale) for side in self.image.size])
+            image = to_rgb(self.image)
+            image = image if self.turn is None else image.transpose(self.turn)
         width, height = image.size
         sx, sy = width / self.size[0], height / self.size[1]
         boxes = [(x1 * sx, y1 * sy, min(x2 * sx, width), min(y2 * sy, height)) for x1, y1, x2, y2 in crops]
@@ -415,8 +456,7 @@ class Photo:
 
 
 def to_rgb(image):
-    """Any mode that Pillow reads, turned upright, as 8-bit RGB."""
-    ImageOps.exif_transpose(image, in_place=True)
+    """Any mode that Pillow reads as 8-bit RGB."""
     if image.mode.startswith("I"):     # 16-bit grey: the high byte
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":              # a palette may hold transparency, which Pillow takes to RGB only by way of RGBA
@@ -462,10 +502,13 @@ class ImageFolder:
     """
 
     def __init__(self, root):
-        self.root = Path(root)
-        if not self.root.is_dir():
+        self.root, self.bad = Path(root), set()  # bad: what was found undecodable
+        if not str(root) or not self.root.is_dir():
             fail(f"no such folder: {root}")
-        self.names = np.frombuffer(scan(os.fsencode(self.root)), np.uint8)  # "a/1.jpg\0a/2.jpg\0..."
+        try:
+            self.names = np.frombuffer(scan(os.fsencode(self.root)), np.uint8)  # "a/1.jpg\0a/2.jpg\0..."
+        except OSError as error:
+            fail(f"cannot list {os.fsdecode(error.filename)}: {error.strerror}")
         self.ends = np.flatnonzero(self.names == 0)
         if not len(self):
             fail(f"no images below {root} (looked for {' '.join(s.decode() for s in SUFFIXES)})")
@@ -479,18 +522,19 @@ class ImageFolder:
         return os.fsdecode(self.names[start:self.ends[i]].tobytes())
 
     def photo(self, i):
-        return Photo(Image.open(self.root / self.name(i)), i)
+        with decoding():
+            return Photo(Image.open(self.root / self.name(i)), i)
 
     def labels(self, classes=None):
         """(class of every image, names of the classes): the first folder below the root, as ImageNet is laid out."""
-        folders = [self.name(i).split(os.sep)[0] if os.sep in self.name(i) else "" for i in range(len(self))]
-        classes = sorted(set(folders)) if classes is None else classes
-        if "" in folders or not set(folders) <= set(classes):
-            strange = next(f for f in folders if f not in classes or not f)
-            fail(f"{self.root}: " + (f"class {strange} is not among the training classes" if strange
-                                     else "images must lie in folders named by class"))
-        number = {name: k for k, name in enumerate(classes)}
-        return torch.tensor([number[f] for f in folders]), classes
+        folders = [self.name(i).rpartition(os.sep)[0].partition(os.sep)[0] for i in range(len(self))]
+        if "" in folders:
+            fail(f"{self.root}: images must lie in folders named by class")
+        number = {name: k for k, name in enumerate(classes or sorted(set(folders)))}
+        strange = set(folders) - set(number)
+        if strange:
+            fail(f"{self.root}: class {min(strange)} is not among the training classes")
+        return torch.tensor([number[folder] for folder in folders]), list(number)
 
     def identity(self):
         """What tells this data from other data, wherever it lies: plain values."""
@@ -499,13 +543,19 @@ class ImageFolder:
 
 def scan(root):
     """The paths of all images below `root`, each ended by a zero byte: folders sorted, then names in a folder."""
+    def is_folder(entry):
+        try:
+            return entry.is_dir()
+        except OSError:  # a link to itself
+            return False
+
     def visit(folder):
         names, folders = [], []
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
                 if entry.name.startswith(b"."):
                     continue
-                if entry.is_dir():
+                if is_folder(entry):
                     folders.append((os.path.join(folder, entry.name), entry.stat()))
                 elif entry.name.lower().endswith(SUFFIXES):
                     names.append(entry.name)
@@ -566,6 +616,7 @@ class Shapes:
 
     def __init__(self, count, size=64, seed=0, single=False):
         self.count, self.size, self.seed, self.single, self.pictures = count, size, seed, single, None
+        self.bad = set()
 
     def __len__(self):
         return self.count
@@ -578,7 +629,7 @@ class Shapes:
 
         Boxes and masks are of what is visible; an object hidden by more than 60 % is not listed.
         """
-        rng = np.random.default_rng((self.seed, i))
+        rng = np.random.default_rng((3, self.seed, i))
         size, grid = self.size, np.arange(self.size) + 0.5
         x, y = grid[None, :], grid[:, None]
         classes = [i % len(KINDS)] if self.single else rng.integers(len(KINDS), size=rng.integers(1, 6))
@@ -618,7 +669,7 @@ class Shapes:
 
     def draw_all(self):
         """Draw every picture now, on all cores, into memory that workers share: no epoch draws them again."""
-        with multiprocessing.get_context("fork").Pool() as pool:
+        with multiprocessing.get_context("fork").Pool(cores()) as pool:
             self.pictures = np.stack([scene[0] for scene in pool.imap(self.scene, range(self.count), chunksize=64)])
         return self
 
@@ -635,8 +686,8 @@ class Shapes:
 # --- From images to batches on the device ----------------------------------------------------------------------------
 
 def seed_device(*key):
-    """Seed torch's generators, the device's too, with a tuple of whole numbers such as (seed, step, rank)."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    """Seed torch's generators, the device's too, with whole numbers such as (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence((4, len(key), *key)).generate_state(1, np.uint64)[0]))
 
 
 class Views(Dataset):
@@ -649,12 +700,12 @@ class Views(Dataset):
         self.source, self.views, self.seed = source, views, seed
 
     def __getitem__(self, item):
-        rng = np.random.default_rng((self.seed, *item))
+        rng = np.random.default_rng((1, self.seed, *item))
         index, bad = item[1], ""
         for _ in range(20):  # where so many in a row are bad, the Loader ends the run
             try:
                 return {**self.views(self.source.photo(index), rng), "index": item[1], "bad": bad}
-            except UNREADABLE as error:
+            except Unreadable as error:
                 bad = bad or f"{self.source.name(index)} ({error})"
                 index = int(rng.integers(len(self.source)))
         return {**self.views(Photo(Image.new("RGB", (256, 256)), index), rng), "index": item[1], "bad": bad}
@@ -669,7 +720,7 @@ def global_batches(images, batch_size, seed, first, last):
     for step in range(first, last):
         epoch, k = divmod(step, images // batch_size)
         if epoch != order_of:
-            order_of, order = epoch, np.random.default_rng((seed, epoch)).permutation(images)
+            order_of, order = epoch, np.random.default_rng((2, seed, epoch)).permutation(images)
         start = k * batch_size + rank() * share
         yield [(epoch, int(i)) for i in order[start:start + share]]
 
@@ -682,9 +733,9 @@ class Loader:
     """
 
     def __init__(self, source, views, batches, workers, device, seed=0):
-        self.source, self.device, self.waited, self.seen, self.bad = source, device, 0.0, 0, set()
+        self.source, self.device, self.waited, self.seen = source, device, 0.0, 0
         self.loader = DataLoader(Views(source, views, seed), batch_sampler=batches, num_workers=workers,
-                                 pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+                                 pin_memory=device.type == "cuda",
                                  multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
@@ -697,12 +748,168 @@ class Loader:
 
     def count(self, reports):
         self.seen += len(reports)
-        for report in {report for report in reports if report} - self.bad:
-            self.bad.add(report)
+        bad = self.source.bad
+        for report in {report for report in reports if report} - bad:
+            bad.add(report)
             print(f"cannot decode {report}: another image takes its place", file=sys.stderr, flush=True)
-        if len(self.bad) > 0.01 * min(len(self.source), max(self.seen, 1000)):  # the first few prove nothing
-            fail(f"{len(self.bad)} of the first {min(self.seen, len(self.source))} files cannot be decoded, more than "
+        if len(bad) > 0.01 * min(len(self.source), max(self.seen, 1000)):  # the first few prove nothing
+            fail(f"{len(bad)} of the first {min(self.seen, len(self.source))} files cannot be decoded, more than "
                  "1 %: mend or remove them", everywhere=True)
+
+
+# --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
+
+ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard"}
+
+
+def save(path, **state):
+    """Write a checkpoint whole or not at all; in process 0 alone."""
+    if rank() == 0:
+        beside = Path(f"{path}.tmp")
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+def load(path):
+    """A checkpoint of ours as a dict on the CPU; exits with 2 where it is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "optimizer", "epoch", "step", "method", "settings", "generators"} - set(state)
+    except Exception as error:  # a damaged file may make anything of the unpickler
+        fail(f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:60]}): remove it, or take another")
+    if missing:
+        fail(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+class Run:
+    """A run in its folder --out: resumed from last.pt and saved there, logged to log.jsonl, console and TensorBoard.
+
+    `.step` counts the steps done (the loop adds one), `.total` those of the whole run; `.last` is where --max-steps
+    stops it. Exits with 2 where the folder holds another run. A resumed log reads as one uninterrupted run.
+    """
+
+    def __init__(self, args, source, method, model, optimizer):
+        self.args, self.source, self.method, self.model, self.optimizer = args, source, method, model, optimizer
+        self.steps_per_epoch = len(source) // args.batch_size
+        self.total = args.epochs * self.steps_per_epoch
+        self.last = min(self.total, args.max_steps or self.total)
+        self.settings = {name: x for name, x in vars(args).items() if name not in ONLY_RUNNING} | source.identity()
+        self.out, self.step, self.board = Path(args.out), 0, None
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {args.out}: {error.strerror}")
+        if Path(self.out, "last.pt").exists():
+            self.resume(load(Path(self.out, "last.pt")))
+        here = [self.step, zlib.crc32(json.dumps(self.settings, sort_keys=True).encode())]
+        if len(all_gather(torch.tensor([here], device=next(model.parameters()).device)).unique(dim=0)) > 1:
+            fail("the processes see different folders: --data and --out must be the same on every node")
+        if rank() == 0:
+            rows = [row for row in self.rows() if self.step and row["step"] <= self.step]
+            Path(self.out, "log.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(Path(self.out, "log.jsonl.tmp"), Path(self.out, "log.jsonl"))
+            if args.tensorboard:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    fail("--tensorboard needs the package tensorboard: pip install tensorboard")
+                self.board = SummaryWriter(args.out, purge_step=self.step)
+
+    def resume(self, state):
+        there, here = {"method": state["method"], **state["settings"]}, {"method": self.method, **self.settings}
+        other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
+                 if here.get(name) != there.get(name)]
+        if other:
+            fail(f"{self.out} holds a run with other settings: {', '.join(other)}; mend them or take another --out")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            fail(f"{self.out}/last.pt does not fit the model ({' '.join(str(error).split())[:80]}): take another --out")
+        torch.set_rng_state(state["generators"]["torch"])
+        self.step = state["step"]
+
+    def save(self):
+        save(Path(self.out, "last.pt"), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+             epoch=self.step // self.steps_per_epoch, step=self.step, method=self.method, settings=self.settings,
+             generators={"torch": torch.get_rng_state()})  # each step seeds its own; kept for draws in between
+        self.restart_clock()
+
+    def batches(self, views, device):
+        """What is left of the run: every batch of `views` of the data, on the device, across epochs."""
+        steps = global_batches(len(self.source), self.args.batch_size, self.args.seed, self.step, self.last)
+        self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed)
+        self.restart_clock()
+        return self.loader
+
+    def restart_clock(self):
+        """What happened since the last row does not count in images_per_s."""
+        self.mark = time.perf_counter(), self.step, self.loader.waited
+
+    def log(self, loss, stats, lr):
+        """A row for the step just done, averaged over the processes; no other part of a step waits for the device."""
+        figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
+        if world_size() > 1:
+            dist.all_reduce(figures)
+        figures = (figures / world_size()).tolist()
+        start, step, waited = self.mark
+        self.restart_clock()
+        took = self.mark[0] - start
+        self.write({"loss": figures[0], "lr": lr, **dict(zip(stats, figures[1:])),
+                    "images_per_s": round((self.step - step) * self.args.batch_size / took, 1),
+                    "data_wait": round((self.loader.waited - waited) / took, 3)})
+
+    def monitor(self, backbone, pair, device):
+        """A row with the kNN accuracy of `backbone` on (train, val)."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
+            self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers)})
+        self.restart_clock()
+
+    def write(self, values):
+        if rank() == 0:
+            row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
+            with open(Path(self.out, "log.jsonl"), "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ",
+                  flush=True)
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, self.step)
+
+    def rows(self):
+        """What log.jsonl holds so far; without a line that a kill may have torn."""
+        path = Path(self.out, "log.jsonl")
+        return [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")] if path.exists() else []
+
+    def summary(self, negatives):
+        """Print what a contrastive run has learned, beside what a network that knows nothing would show."""
+        rows = self.rows()
+        losses, accuracies, knns = ([row[name] for row in rows if name in row] for name in ("loss", "accuracy", "knn"))
+        untrained = f", untrained {knns[0]:.1%}" if knns and rows[0]["step"] == 0 else ""
+        if losses and rank() == 0:
+            print(f"step {self.step} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
+                  f"{math.log(negatives + 1):.2f}; pretext accuracy {np.mean(accuracies[-5:]):.1%}, chance is "
+                  f"{1 / (negatives + 1):.2%}" + (f"; kNN {knns[-1]:.1%}{untrained}" if knns else ""))
+
+
+def save_views(path, *views):
+    """views.png: view 1, view 2, ... of an image side by side, the images of the batch below each other.
+
+    views: [N, 3, S, S] each, in [0, 1]; small ones are drawn larger.
+    """
+    if rank() == 0:
+        pictures = torch.stack(views, dim=1).flatten(0, 1).cpu()  # [N * views, 3, S, S]
+        pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
+        torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), path)
+
+
+def denormalised(x):
+    """The inverse of Photometric's normalisation, to look at: [..., 3, H, W] in [0, 1]."""
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (x * std + mean).clamp(0, 1)
 
 
 # --- kNN monitor -----------------------------------------------------------------------------------------------------
@@ -759,17 +966,17 @@ class Parser(argparse.ArgumentParser):
         self.paper, self.demo = paper, demo
         self.own = self.add_argument_group("the paper's")
         add = self.add_argument_group("common to all five methods").add_argument
-        count = at_least(1)
+        count = number(int, 1)
         add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
             help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
         add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
-        add("--size", type=at_least(32), help="side of a view in pixels, 32 or more: the network's stride")
+        add("--size", type=number(int, 32), help="side of a view in pixels, 32 or more: the network's stride")
         add("--epochs", type=count, help="passes over the data")
         add("--batch-size", type=count, help="images a step, over all processes")
-        add("--lr", type=float, help="learning rate at the paper's batch size, scaled linearly from there")
-        add("--workers", type=at_least(0), help="loader processes of each process (default: its cores, at most 16)")
-        add("--seed", type=at_least(0), default=0, help="of every random draw (default: 0)")
+        add("--lr", type=number(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
+        add("--workers", type=number(int, 0), help="loader processes of each process (default: its cores, at most 16)")
+        add("--seed", type=number(int, 0), default=0, help="of every random draw (default: 0)")
         add("--max-steps", type=count, help="stop early, with a checkpoint (default: no)")
         add("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
         add("--print-every", type=count, help="steps between lines of the log")
@@ -791,11 +998,11 @@ class Parser(argparse.ArgumentParser):
     def parse(self, variant=lambda args: {}):
         """The arguments, every default filled in: from `variant(args)`, else `demo` without --data, else `paper`."""
         args = self.parse_args()
-        for name, value in {**self.paper, **({} if args.data else self.demo), **variant(args)}.items():
+        for name, value in {**self.paper, **(self.demo if args.data is None else {}), **variant(args)}.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
         if args.workers is None:
-            args.workers = min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            args.workers = min(16, cores())
         if args.amp is None:
             args.amp = "bf16" if torch.cuda.is_available() else "off"
         if args.batch_size % world_size():
@@ -804,169 +1011,33 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def at_least(low):
-    def whole(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is too small: take {low} or more")
-        return int(text)
-    return whole
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:  # nan is in no range
+            raise argparse.ArgumentTypeError(f"{text} must be " + (f"at least {low}" if high == math.inf
+                                                                   else f"from {low} to {high:g}"))
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def cores():
+    """The processor's cores for each process that torchrun started on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def open_data(args):
     """The images to train on, and the pair to monitor with or None: of folders, or shapes where no --data is given."""
     shapes = lambda count, seed: Shapes(count, size=48, seed=args.seed + seed, single=True).draw_all()
-    train = Path(args.data or "", "train")
-    source = ImageFolder(train if train.is_dir() else args.data) if args.data else shapes(12288, 0)
+    if args.data is None:
+        source, pair = shapes(12288, 0), (shapes(3072, 1), shapes(1024, 2))
+    else:
+        train = Path(args.data, "train")
+        source, pair = ImageFolder(train if args.data and train.is_dir() else args.data), None
     if len(source) < args.batch_size:
         fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
     if args.knn:
-        return source, tuple(ImageFolder(Path(args.knn, part)) for part in ("train", "val"))
-    return source, None if args.data else (shapes(3072, 1), shapes(1024, 2))
-
-
-# --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
-
-ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard"}
-
-
-def save(path, **state):
-    """Write a checkpoint whole or not at all; in process 0 alone."""
-    if rank() == 0:
-        beside = Path(f"{path}.tmp")
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-
-
-def load(path):
-    """A checkpoint of ours as a dict on the CPU; exits with 2 where it is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "epoch", "step", "method", "settings"} - set(state)
-    except Exception as error:  # a damaged file may make anything of the unpickler
-        fail(f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:60]}): remove it, or take another")
-    if missing:
-        fail(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
-    return state
-
-
-class Run:
-    """A run in its folder --out: resumed from last.pt and saved there, logged to log.jsonl, console and TensorBoard.
-
-    `.step` counts the steps done (the loop adds one), `.total` those of the whole run; `.last` is where --max-steps
-    stops it. Exits with 2 where the folder holds another run. A resumed log reads as one uninterrupted run.
-    """
-
-    def __init__(self, args, source, method, model, optimizer):
-        self.args, self.source, self.method, self.model, self.optimizer = args, source, method, model, optimizer
-        self.steps_per_epoch = len(source) // args.batch_size
-        self.total = args.epochs * self.steps_per_epoch
-        self.last = min(self.total, args.max_steps or self.total)
-        self.settings = {name: x for name, x in vars(args).items() if name not in ONLY_RUNNING} | source.identity()
-        self.out, self.step, self.board = Path(args.out), 0, None
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--out {args.out}: {error.strerror}")
-        if Path(self.out, "last.pt").exists():
-            self.resume(load(Path(self.out, "last.pt")))
-        if len(set(all_gather(torch.tensor([self.step], device=next(model.parameters()).device)).tolist())) > 1:
-            fail(f"--out {args.out} is not the same folder on every node: put it where all of them see it")
-        if rank() == 0:
-            rows = [row for row in self.rows() if self.step and row["step"] <= self.step]
-            Path(self.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            if args.tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    fail("--tensorboard needs the package tensorboard: pip install tensorboard")
-                self.board = SummaryWriter(args.out, purge_step=self.step)
-
-    def resume(self, state):
-        there, here = {"method": state["method"], **state["settings"]}, {"method": self.method, **self.settings}
-        other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
-                 if here.get(name) != there.get(name)]
-        if other:
-            fail(f"{self.out} holds a run with other settings: {', '.join(other)}; mend them or take another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["generators"]["torch"])
-        self.step = state["step"]
-
-    def save(self):
-        save(Path(self.out, "last.pt"), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-             epoch=self.step // self.steps_per_epoch, step=self.step, method=self.method, settings=self.settings,
-             generators={"torch": torch.get_rng_state()})  # each step seeds its own; kept for draws in between
-        self.restart_clock()
-
-    def batches(self, views, device):
-        """What is left of the run: every batch of `views` of the data, on the device, across epochs."""
-        steps = global_batches(len(self.source), self.args.batch_size, self.args.seed, self.step, self.last)
-        self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed)
-        self.restart_clock()
-        return self.loader
-
-    def restart_clock(self):
-        """What happened since the last row does not count in images_per_s."""
-        self.mark = time.perf_counter(), self.step, self.loader.waited
-
-    def log(self, loss, stats, lr):
-        """A row for the step just done, averaged over the processes; the one place that waits for the device."""
-        figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
-        if world_size() > 1:
-            dist.all_reduce(figures)
-        figures = (figures / world_size()).tolist()
-        start, step, waited = self.mark
-        self.restart_clock()
-        took = self.mark[0] - start
-        self.write({"loss": figures[0], "lr": lr, **dict(zip(stats, figures[1:])),
-                    "images_per_s": round((self.step - step) * self.args.batch_size / took, 1),
-                    "data_wait": round((self.loader.waited - waited) / took, 3)})
-
-    def monitor(self, backbone, pair, device):
-        """A row with the kNN accuracy of `backbone` on (train, val)."""
-        self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers)})
-        self.restart_clock()
-
-    def write(self, values):
-        if rank() == 0:
-            row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
-            with open(Path(self.out, "log.jsonl"), "a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ",
-                  flush=True)
-            for name, value in values.items() if self.board else ():
-                self.board.add_scalar(name, value, self.step)
-
-    def rows(self):
-        """What log.jsonl holds so far; without a line that a kill may have torn."""
-        path = Path(self.out, "log.jsonl")
-        return [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")] if path.exists() else []
-
-    def summary(self, negatives):
-        """Print what a contrastive run has learned, beside what a network that knows nothing would show."""
-        rows = self.rows()
-        losses, accuracies, knns = ([row[name] for row in rows if name in row] for name in ("loss", "accuracy", "knn"))
-        if losses and rank() == 0:
-            print(f"step {self.step} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
-                  f"{math.log(negatives + 1):.2f}; pretext accuracy {np.mean(accuracies[-5:]):.1%}, chance is "
-                  f"{1 / (negatives + 1):.2%}" + (f"; kNN {knns[-1]:.1%}, untrained {knns[0]:.1%}" if knns else ""))
-
-
-def save_views(path, *views):
-    """views.png: view 1, view 2, ... of an image side by side, the images of the batch below each other.
-
-    views: [N, 3, S, S] each, in [0, 1]; small ones are drawn larger.
-    """
-    if rank() == 0:
-        pictures = torch.stack(views, dim=1).flatten(0, 1).cpu()  # [N * views, 3, S, S]
-        pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
-        torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), path)
-
-
-def denormalised(x):
-    """The inverse of Photometric's normalisation, to look at: [..., 3, H, W] in [0, 1]."""
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (x * std + mean).clamp(0, 1)
+        pair = tuple(ImageFolder(Path(args.knn, part)) for part in ("train", "val"))
+        pair[1].labels(pair[0].labels()[1])  # wrong folders are an error now, not after an epoch
+    return source, pair

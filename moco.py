@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         c5 = self.backbone(x)[-1]                                          # [N, C5, H/32, W/32]
-        return F.normalize(self.projector(c5.mean(dim=(2, 3))), dim=1)     # [N, dim]
+        return F.normalize(self.projector(c5.mean(dim=(2, 3))).float(), dim=1)  # [N, dim]
 
 
 class MoCo(nn.Module):
@@ -105,7 +105,8 @@ class MoCo(nn.Module):
             k = self.encode_shuffled(self.encoder_q, batch["x_k"])                        # with gradient to keys
             return self.contrast_within_batch(q, common.all_gather(k))
         loss = common.info_nce(q, k, negatives, self.temperature)                         # Eq. 1
-        return loss, {"accuracy": common.pretext_accuracy(q, k, negatives), "positive": (q * k).sum(dim=1).mean()}
+        return loss, {"accuracy": common.pretext_accuracy(q, k, negatives),
+                      "positive": (q.detach() * k).sum(dim=1).mean()}
 
     def encode_shuffled(self, encoder, x):
         """The keys of x [N, 3, S, S], with the batch shuffled over BN groups and processes and back (Sec. 3.3)."""
@@ -117,15 +118,15 @@ class MoCo(nn.Module):
     def contrast_within_batch(self, q, keys):
         """Eq. 1 where each query's negatives are the other keys of the global batch; keys [world*N, dim]."""
         with torch.autocast(q.device.type, enabled=False):
-            similarity = q.float() @ keys.float().T                                       # [N, world*N]
+            similarity = q @ keys.T                                                       # [N, world*N]
             own = common.rank() * len(q) + torch.arange(len(q), device=q.device)          # column of each query's key
             loss = F.cross_entropy(similarity / self.temperature, own)                    # Eq. 1
-        positive = similarity.gather(1, own[:, None])
-        beaten = (similarity >= positive).sum(dim=1) == 1                                 # by nothing but itself
-        return loss, {"accuracy": beaten.float().mean(), "positive": positive.mean()}
+        positive = similarity.detach().gather(1, own[:, None])
+        hit = (similarity >= positive).sum(dim=1) == 1                                    # nothing but itself
+        return loss, {"accuracy": hit.float().mean(), "positive": positive.mean()}
 
     def look_up(self, index):
-        """Bank entries of images `index` [N], and of K other images drawn at random, none of this batch."""
+        """Bank entries of images `index` [N], and of K others drawn at random, none of this process's batch."""
         sorted_index = index.sort().values
         k = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
         k += torch.searchsorted(sorted_index - torch.arange(len(index), device=k.device), k, right=True)
@@ -139,7 +140,7 @@ class MoCo(nn.Module):
             self.queue.enqueue(self.new)
         elif self.mechanism == "bank":
             index, q = (common.all_gather(x) for x in self.new)
-            self.bank[index] = F.normalize(torch.lerp(q.float(), self.bank[index], self.momentum), dim=1)
+            self.bank[index] = F.normalize(torch.lerp(q, self.bank[index], self.momentum), dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,13 +152,13 @@ def arguments():
     add = parser.own.add_argument
     add("--version", type=int, choices=[1, 2], help="1: linear head, step schedule; 2: MLP head, blur, cosine schedule")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
-    add("--queue", type=common.at_least(1), help="K, the keys in the queue (or drawn from the bank)")
-    add("--momentum", type=float, help="m of Eq. 2; of the features for the bank (there 0.5)")
-    add("--temperature", type=float, help="tau of Eq. 1; 0.07 in version 1")
-    add("--dim", type=common.at_least(1), help="length of a query or key")
-    add("--min-area", type=float, help="smallest share of the image in a crop")
-    add("--warmup", type=common.at_least(0), help="steps in which the learning rate rises from 0")
-    add("--bn-splits", type=common.at_least(1), help="BN groups of one process (default: 8, fewer for a small batch)")
+    add("--queue", type=common.number(int, 1), help="K, the keys in the queue (or drawn from the bank)")
+    add("--momentum", type=common.number(float, 0, 1), help="m of Eq. 2; of the features for the bank (there 0.5)")
+    add("--temperature", type=common.number(float, 1e-3), help="tau of Eq. 1; 0.07 in version 1")
+    add("--dim", type=common.number(int, 1), help="length of a query or key")
+    add("--min-area", type=common.number(float, 1e-3, 1), help="smallest share of the image in a crop")
+    add("--warmup", type=common.number(int, 0), help="steps in which the learning rate rises from 0")
+    add("--bn-splits", type=common.number(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
     args = parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
                                       **({"momentum": 0.5} if args.mechanism == "bank" else {})})
@@ -176,9 +177,11 @@ def main():
     args = arguments()
     source, monitor = common.open_data(args)
     negatives = args.batch_size - 1 if args.mechanism == "batch" else args.queue
+    if args.mechanism == "bank" and args.batch_size == len(source):
+        common.fail(f"a batch of all {len(source)} images leaves none for negatives: take a smaller --batch-size")
     if args.mechanism == "queue" and args.queue > len(source) and common.rank() == 0:
         print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so older keys of a query's "
-              f"own image are among its negatives; --queue {len(source) // 2} or less avoids that")
+              f"own image are among its negatives; --queue {max(1, len(source) // 2)} or less avoids that")
 
     common.seed_device(args.seed)
     model = MoCo(args.arch, len(source), args.version, args.mechanism, args.queue, args.momentum, args.temperature,
@@ -193,7 +196,8 @@ def main():
         run.monitor(model.encoder_q.backbone, monitor, device)
     for batch in batches:
         if run.step == 0:
-            views = [common.denormalised(model.photometric(batch[name][:8])) for name in ("x_q", "x_k")]
+            common.seed_device(args.seed, run.step, common.rank())
+            views = [common.denormalised(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k")]
             common.save_views(Path(args.out, "views.png"), *views)
         common.seed_device(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total, args.warmup,
@@ -213,6 +217,7 @@ def main():
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
     run.summary(negatives)
+    common.finish()
 
 
 if __name__ == "__main__":

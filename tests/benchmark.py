@@ -9,7 +9,6 @@ Machines are noisy: quote the ratios, with the command.
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -104,7 +103,11 @@ def scan(args, folder):
         os.wait()
         return float(os.read(out, 99))
 
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def peak():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     before, start = peak(), time.perf_counter()
     source = common.ImageFolder(folder)
     took, grown = time.perf_counter() - start, peak() - before

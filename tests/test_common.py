@@ -247,6 +247,7 @@ def test_photometric_draws_have_torchvisions_distributions():
     moved = draw["factor"][~still]
     assert moved.amin(0).tolist() == pytest.approx([0.6, 0.2, 0.0], abs=0.01)
     assert moved.amax(0).tolist() == pytest.approx([1.4, 1.8, 2.5], abs=0.01)
+    assert (moved[:, 2] > 1.25).float().mean().item() == pytest.approx(0.5, abs=0.02)  # uniform from 0 where 1.5 > 1
     assert moved[:, 0].std().item() == pytest.approx(0.8 / math.sqrt(12), abs=0.01)  # uniform
     places = torch.stack([(draw["order"] == op).float().mean(dim=0) for op in range(4)])
     assert (places - 0.25).abs().max() < 0.02

@@ -289,17 +289,26 @@ def test_without_data_the_demo_trains_on_drawn_shapes(tmp_path, monkeypatch):
     (["--arch", "resnet18w0"], "unknown --arch resnet18w0"),
     (["--batch-size", 200], "96 images do not fill a batch of 200"),
     (["--batch-size", 15, "--bn-splits", 4], "does not fall into 4 BN groups"),
-    (["--size", 31], "31 is too small: take 32"),
+    (["--size", 31], "31 must be at least 32"),
     (["--size", "big"], "--size"),
-    (["--queue", 0], "0 is too small"),
+    (["--queue", 0], "0 must be at least 1"),
+    (["--lr", "nan"], "nan must be from 0"),
+    (["--temperature", 0], "0 must be at least 0.001"),
+    (["--min-area", 1.5], "1.5 must be from 0.001 to 1"),
+    (["--data", ""], "no such folder"),
+    (["--mechanism", "bank", "--batch-size", 96], "a batch of all 96 images leaves none"),
     (["--knn", "EMPTY"], "no such folder"),
+    (["--knn", "STRANGE"], "class c is not among the training classes"),
     (["--what"], "unrecognized arguments: --what"),
     (["--out", "FILE"], "--out"),
 ])
 def test_a_usage_error_is_one_line_and_exit_code_2(pictures, tmp_path, monkeypatch, capsys, change, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("something")
-    change = [{"EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}.get(part, part) for part in change]
+    for path in ("strange/train/a/1.png", "strange/val/c/1.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(b"")
+    change = [{"STRANGE": tmp_path / "strange", "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}.get(part, part) for part in change]
     assert run(monkeypatch, *arguments(pictures, tmp_path / "out"), *change) == 2
     err = capsys.readouterr().err
     assert says in err and err.startswith("moco.py: error: ") and err.count("\n") == 1
@@ -328,6 +337,11 @@ def test_a_folder_with_another_run_or_a_damaged_one_is_refused_and_kept(pictures
         assert name in err and err.count("\n") == 1 and (tmp_path / "last.pt").read_bytes() == damage
     torch.save({"weights": torch.ones(2)}, tmp_path / "last.pt")
     assert run(monkeypatch, *plan) == 2 and "lacks" in capsys.readouterr().err
+    (tmp_path / "last.pt").write_bytes(kept["last.pt"])
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["model"]["encoder_q.projector.0.weight"]
+    torch.save(state, tmp_path / "last.pt")
+    assert run(monkeypatch, *plan) == 2 and "does not fit the model" in capsys.readouterr().err
     (tmp_path / "last.pt").write_bytes(kept["last.pt"])
     assert run(monkeypatch, *plan, "--max-steps", 3, "--workers", 1, "--print-every", 2, "--save-every", 5) == 0
 
