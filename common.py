@@ -917,7 +917,7 @@ def denormalised(x):
 def features(backbone, source, indices, size, device, workers):
     """Pooled, L2-normalised c5 of centre crops, batch by batch: (indices [n], features [n, C5])."""
     view = lambda photo, rng: {"view": to_tensor(photo.cut([center_crop(photo.size)], [size])[0])}
-    batches = ([(0, int(i)) for i in indices[start:start + 128]] for start in range(0, len(indices), 128))
+    batches = ([(0, int(i)) for i in indices[start:start + 512]] for start in range(0, len(indices), 512))
     normalise = Photometric().to(device)
     for batch in Loader(source, view, batches, workers, device):
         c5 = backbone(normalise(batch["view"]))[-1]
@@ -975,7 +975,8 @@ class Parser(argparse.ArgumentParser):
         add("--epochs", type=count, help="passes over the data")
         add("--batch-size", type=count, help="images a step, over all processes")
         add("--lr", type=number(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
-        add("--workers", type=number(int, 0), help="loader processes of each process (default: its cores, at most 16)")
+        add("--workers", type=number(int, 0),
+            help="loader processes of each process (default: its cores, 16 at most; 0 without a GPU)")
         add("--seed", type=number(int, 0), default=0, help="of every random draw (default: 0)")
         add("--max-steps", type=count, help="stop early, with a checkpoint (default: no)")
         add("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
@@ -1002,7 +1003,7 @@ class Parser(argparse.ArgumentParser):
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
         if args.workers is None:
-            args.workers = min(16, cores())
+            args.workers = min(16, cores()) if torch.cuda.is_available() else 0  # on a CPU the network needs the cores
         if args.amp is None:
             args.amp = "bf16" if torch.cuda.is_available() else "off"
         if args.batch_size % world_size():
@@ -1031,7 +1032,7 @@ def open_data(args):
     """The images to train on, and the pair to monitor with or None: of folders, or shapes where no --data is given."""
     shapes = lambda count, seed: Shapes(count, size=48, seed=args.seed + seed, single=True).draw_all()
     if args.data is None:
-        source, pair = shapes(12288, 0), (shapes(3072, 1), shapes(1024, 2))
+        source, pair = shapes(8192, 0), (shapes(3072, 1), shapes(768, 2))
     else:
         train = Path(args.data, "train")
         source, pair = ImageFolder(train if args.data and train.is_dir() else args.data), None
