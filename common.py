@@ -944,7 +944,8 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07):
     label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
     labels = labels.to(device)
     for index, rows in features(backbone, train, range(rank(), len(train), world_size()), size, device, workers):
-        best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
+        with torch.autocast(device.type, enabled=False):  # the backbone may run in bf16, similarities may not
+            best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
         label = torch.cat([label, labels[index].expand(len(val), -1)], dim=1).gather(1, place)
     best, place = all_gather(best.T).T.topk(k)                                                 # of [M, world*k]
     label = all_gather(label.T).T.gather(1, place)

@@ -4,7 +4,7 @@ Contrastive learning is dictionary look-up: a query, one view of an image, must 
 image, among many keys of other images. MoCo makes the dictionary large by keeping the keys of past batches in a queue,
 and consistent by encoding them with a network that follows the query network slowly.
 
-    python moco.py                                                  shapes drawn on the fly, some minutes on any machine
+    python moco.py                                                  shapes drawn on the fly, some minutes on two cores
     python moco.py --data DIR                                       your own images, version 2
     torchrun --nproc_per_node=8 moco.py --data /imagenet            as in the paper
     python moco.py --data DIR --mechanism bank|batch                the other dictionaries of Figure 2
