@@ -94,6 +94,12 @@ def all_gather(x):
     return AllGather.apply(x) if world_size() > 1 else x
 
 
+def barrier():
+    """Wait until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def parallel(model, device, compiled=False):
     """The model as the loop calls it: compiled where asked for, and with gradients averaged over processes."""
     if compiled:
@@ -142,8 +148,36 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([super(GroupBatchNorm2d, self).forward(part) for part in x.chunk(self.groups)])
 
 
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, on the CPU, where torch has none: [N, C] or [N, C, H, W], the same N
+    in every process."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if world_size() == 1 or not self.training:
+            return super().forward(x)
+        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        means, variances = all_gather(torch.stack([mean, var])[None]).unbind(dim=1)  # [world, C] each
+        mean = means.mean(dim=0)
+        var = (variances + (means - mean) ** 2).mean(dim=0)
+        count = x.numel() // len(mean) * world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return x * scale.view(-1, *[1] * (x.ndim - 2)) + (self.bias - mean * scale).view(-1, *[1] * (x.ndim - 2))
+
+
+def sync_batchnorm(channels):
+    """BatchNorm over the batches of all processes: what methods on LARS train with."""
+    return (nn.SyncBatchNorm if torch.cuda.is_available() else SyncBatchNorm)(channels)
+
+
 class Backbone(ResNet):
-    """torchvision's ResNet without `fc`, every channel count times `width`, giving its four stages."""
+    """torchvision's ResNet without `fc`, every channel count times `width`, giving its four stages, or the first 3."""
 
     def __init__(self, block, layers, width, norm_layer):
         self.width = width
@@ -159,10 +193,12 @@ class Backbone(ResNet):
         self.channels = [*getattr(self, "channels", []), self.inplanes]  # of c2, c3, c4, c5
         return stage
 
-    def forward(self, x):
+    def forward(self, x, stages=4):
         c2 = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))  # [N, C2, H/4, W/4]
         c3 = self.layer2(c2)                                                # [N, C3, H/8, W/8]
         c4 = self.layer3(c3)                                                # [N, C4, H/16, W/16]
+        if stages == 3:
+            return [c2, c3, c4]
         c5 = self.layer4(c4)                                                # [N, C5, H/32, W/32]
         return [c2, c3, c4, c5]
 
@@ -437,18 +473,21 @@ class Photo:
         self.turn = TURNS.get(orientation)
         self.size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
 
-    def cut(self, crops, sizes, resample=Image.Resampling.BILINEAR):
-        """Cut every crop (xyxy, pixels of the image) to a square of its size; gives RGB PIL images.
-
-        Call it once with all crops: JPEG is decoded at the smallest of its scales that still gives each of them
-        its pixels, so a 12-megapixel photograph costs little more than a small one.
-        """
-        scale = max(size / min(x2 - x1, y2 - y1) for (x1, y1, x2, y2), size in zip(crops, sizes))
+    def decode(self, scale=1.0):
+        """The upright image, RGB; a JPEG at the smallest of its scales that is still `scale` times its size."""
         with decoding():
             if scale < 1:
                 self.image.draft(None, [math.ceil(side * scale) for side in self.image.size])
             image = to_rgb(self.image)
-            image = image if self.turn is None else image.transpose(self.turn)
+            return image if self.turn is None else image.transpose(self.turn)
+
+    def cut(self, crops, sizes, resample=Image.Resampling.BILINEAR):
+        """Cut every crop (xyxy, pixels of the image) to a square of its size; gives RGB PIL images.
+
+        Call it once with all crops, since it decodes once, at the scale that still gives each of them its pixels: a
+        12-megapixel photograph costs little more than a small one.
+        """
+        image = self.decode(max(size / min(x2 - x1, y2 - y1) for (x1, y1, x2, y2), size in zip(crops, sizes)))
         width, height = image.size
         sx, sy = width / self.size[0], height / self.size[1]
         boxes = [(x1 * sx, y1 * sy, min(x2 * sx, width), min(y2 * sy, height)) for x1, y1, x2, y2 in crops]
@@ -616,13 +655,13 @@ class Shapes:
 
     def __init__(self, count, size=64, seed=0, single=False):
         self.count, self.size, self.seed, self.single, self.pictures = count, size, seed, single, None
-        self.bad = set()
+        self.bad, self.names = set(), np.frombuffer("".join(self.name(i) + "\0" for i in range(count)).encode(), np.uint8)
 
     def __len__(self):
         return self.count
 
     def name(self, i):
-        return f"shape {i}"
+        return f"shape {self.size} {self.seed} {self.single} {i}"
 
     def scene(self, i):
         """(image [S, S, 3] uint8, boxes [n, 4] float32 xyxy pixels, masks [n, S, S] bool, classes [n] int64).
@@ -668,9 +707,10 @@ class Shapes:
         return image, boxes, masks[keep], np.asarray(classes)[keep].astype(np.int64)
 
     def draw_all(self):
-        """Draw every picture now, on all cores, into memory that workers share: no epoch draws them again."""
+        """Draw every picture now, on all cores, into memory that workers share; `.boxes` has the boxes of each."""
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            self.pictures = np.stack([scene[0] for scene in pool.imap(self.scene, range(self.count), chunksize=64)])
+            scenes = [scene[:2] for scene in pool.imap(self.scene, range(self.count), chunksize=64)]
+        self.pictures, self.boxes = np.stack([scene[0] for scene in scenes]), [scene[1] for scene in scenes]
         return self
 
     def photo(self, i):
@@ -680,7 +720,7 @@ class Shapes:
         return torch.arange(self.count) % len(KINDS), list(KINDS)
 
     def identity(self):
-        return {"images": self.count, "names": f"shapes {self.size} {self.seed} {self.single}"}
+        return {"images": self.count, "names": zlib.crc32(self.names)}
 
 
 # --- From images to batches on the device ----------------------------------------------------------------------------
@@ -759,18 +799,25 @@ class Loader:
 
 # --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
 
-ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard"}
+ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard",
+                "prepare"}
+
+
+@contextmanager
+def whole(path):
+    """A binary file to write to, which comes to stand at `path` whole or not at all."""
+    with open(f"{path}.tmp", "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def save(path, **state):
-    """Write a checkpoint whole or not at all; in process 0 alone."""
+    """Write a checkpoint; in process 0 alone."""
     if rank() == 0:
-        beside = Path(f"{path}.tmp")
-        with open(beside, "wb") as file:
+        with whole(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
 
 
 def load(path):
@@ -810,8 +857,8 @@ class Run:
             fail("the processes see different folders: --data and --out must be the same on every node")
         if rank() == 0:
             rows = [row for row in self.rows() if self.step and row["step"] <= self.step]
-            Path(self.out, "log.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(Path(self.out, "log.jsonl.tmp"), Path(self.out, "log.jsonl"))
+            with whole(Path(self.out, "log.jsonl")) as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             if args.tensorboard:
                 try:
                     from torch.utils.tensorboard import SummaryWriter
@@ -884,15 +931,16 @@ class Run:
         path = Path(self.out, "log.jsonl")
         return [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")] if path.exists() else []
 
-    def summary(self, negatives):
-        """Print what a contrastive run has learned, beside what a network that knows nothing would show."""
+    def summary(self, **notes):
+        """Print where the run ended: what the last rows say of each stat named, beside its note on how to read it."""
         rows = self.rows()
-        losses, accuracies, knns = ([row[name] for row in rows if name in row] for name in ("loss", "accuracy", "knn"))
-        untrained = f", untrained {knns[0]:.1%}" if knns and rows[0]["step"] == 0 else ""
-        if losses and rank() == 0:
-            print(f"step {self.step} of {self.total}: loss {np.mean(losses[-5:]):.2f}, log(K+1) is "
-                  f"{math.log(negatives + 1):.2f}; pretext accuracy {np.mean(accuracies[-5:]):.1%}, chance is "
-                  f"{1 / (negatives + 1):.2%}" + (f"; kNN {knns[-1]:.1%}{untrained}" if knns else ""))
+        knns = [row["knn"] for row in rows if "knn" in row]
+        stats = {name: [row[name] for row in rows if name in row][-5:] for name in notes}
+        figures = [f"{name} {np.mean(values):.3g} ({notes[name]})" for name, values in stats.items() if values]
+        if knns:
+            figures += [f"kNN {knns[-1]:.1%}" + (f" (untrained {knns[0]:.1%})" if "knn" in rows[0] else "")]
+        if rank() == 0:
+            print(f"step {self.step} of {self.total}: {', '.join(figures)}")
 
 
 def save_views(path, *views):
@@ -910,6 +958,49 @@ def denormalised(x):
     """The inverse of Photometric's normalisation, to look at: [..., 3, H, W] in [0, 1]."""
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
     return (x * std + mean).clamp(0, 1)
+
+
+# --- Hours of work before training -----------------------------------------------------------------------------------
+
+class Files(Dataset):
+    """Item k makes the file path(k): write(k, file)."""
+
+    def __init__(self, path, write, tasks):
+        self.path, self.write, self.tasks = path, write, tasks
+
+    def __len__(self):
+        return len(self.tasks)
+
+    def __getitem__(self, i):
+        k = self.tasks[i]
+        self.path(k).parent.mkdir(parents=True, exist_ok=True)
+        with whole(self.path(k)) as file:
+            self.write(k, file)
+        return k
+
+
+def make_files(label, count, path, write, device):
+    """Make the files path(0) ... path(count - 1) that are missing, on all cores of all processes, with an ETA.
+
+    write(k, file) writes one to a binary file. The processes meet every few seconds: none waits for another for longer
+    than their connection allows.
+    """
+    total = lambda n: int(all_gather(torch.tensor([n], device=device)).sum())
+    tasks = [k for k in range(count) if not path(k).exists()]
+    if total(len(tasks)) != len(tasks) * world_size():  # all have looked before the first one writes
+        fail(f"the processes see different {label}: put them where every node sees them")
+    mine = iter(DataLoader(Files(path, write, tasks[rank()::world_size()]), batch_size=None, num_workers=cores(),
+                           multiprocessing_context="fork"))
+    done, finished, start = 0, 0, time.perf_counter()
+    while finished < len(tasks):
+        meet = time.perf_counter() + 5
+        while time.perf_counter() < meet and next(mine, None) is not None:
+            done += 1
+        finished = total(done)
+        if rank() == 0:
+            took = time.perf_counter() - start
+            left = time.strftime("%H:%M:%S", time.gmtime(took / max(finished, 1) * (len(tasks) - finished)))
+            print(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {left} left", flush=True)
 
 
 # --- kNN monitor -----------------------------------------------------------------------------------------------------
@@ -1029,15 +1120,18 @@ def cores():
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def open_data(args):
-    """The images to train on, and the pair to monitor with or None: of folders, or shapes where no --data is given."""
-    shapes = lambda count, seed: Shapes(count, size=48, seed=args.seed + seed, single=True).draw_all()
+def open_data(args, single=True):
+    """The images to train on, and the pair to monitor with or None: of folders, or shapes where no --data is given.
+
+    `single`: one object in a drawn picture to train on, or several.
+    """
+    shapes = lambda count, seed, single=True: Shapes(count, 48, args.seed + seed, single).draw_all()
     if args.data is None:
-        source, pair = shapes(8192, 0), (shapes(3072, 1), shapes(768, 2))
+        source, pair = shapes(8192, 0, single), (shapes(3072, 1), shapes(768, 2))
     else:
         train = Path(args.data, "train")
         source, pair = ImageFolder(train if args.data and train.is_dir() else args.data), None
-    if len(source) < args.batch_size:
+    if len(source) < args.batch_size and not getattr(args, "prepare", False):
         fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
     if args.knn:
         pair = tuple(ImageFolder(Path(args.knn, part)) for part in ("train", "val"))

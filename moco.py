@@ -13,6 +13,7 @@ Writes last.pt, log.jsonl and views.png to --out; the same command again goes on
 `encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet.
 """
 import copy
+import math
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ PAPER = dict(  # version 2 on ImageNet; lr is for batch_size
 VERSION_1 = dict(temperature=0.07)  # and a linear head, v1's colours, lr / 10 at 120 and 160 of 200 epochs
 
 DEMO = dict(
-    arch="resnet18w0.25", size=32, epochs=16, warmup=30, print_every=32, min_area=0.4, queue=512, momentum=0.95)
+    arch="resnet18w0.25", size=32, epochs=16, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def arguments():
     add("--temperature", type=common.number(float, 1e-3), help="tau of Eq. 1; 0.07 in version 1")
     add("--dim", type=common.number(int, 1), help="length of a query or key")
     add("--min-area", type=common.number(float, 1e-3, 1), help="smallest share of the image in a crop")
-    add("--warmup", type=common.number(int, 0), help="steps in which the learning rate rises from 0")
+    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
     add("--bn-splits", type=common.number(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
     args = parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
@@ -200,8 +201,8 @@ def main():
             views = [common.denormalised(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k")]
             common.save_views(Path(args.out, "views.png"), *views)
         common.seed_device(args.seed, run.step, common.rank())
-        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total, args.warmup,
-                                  drops=(0.6, 0.8) if args.version == 1 else None)
+        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
+                                  round(args.warmup * run.steps_per_epoch), drops=(0.6, 0.8) if args.version == 1 else None)
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             loss, stats = ddp(batch)
@@ -216,7 +217,7 @@ def main():
             run.monitor(model.encoder_q.backbone, monitor, device)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    run.summary(negatives)
+    run.summary(loss=f"log(K+1) is {math.log(negatives + 1):.2f}", accuracy=f"chance is {1 / (negatives + 1):.2g}")
     common.finish()
 
 

@@ -1,4 +1,5 @@
 """What the tests share: the modules on the path, processes that talk over gloo, a folder of pictures."""
+import json
 import os
 import socket
 import sys
@@ -45,6 +46,28 @@ def write_pictures(folder, count, size=40, seed=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(shapes.scene(i)[0]).save(path)
     return Path(folder)
+
+
+def run_script(module, monkeypatch, *argv):
+    """module.main() as the command line runs it; gives the exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    try:
+        module.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def rows(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return torch.load(Path(out, "last.pt"), weights_only=True)["model"]
+
+
+def without_speed(rows):
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait")} for row in rows]
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image
 
 import common
 import moco
-from conftest import ROOT, in_processes
+from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
 
+run = partial(run_script, moco)
 TINY = dict(arch="resnet18w0.125", dim=16, queue=40, temperature=0.2)
 
 
@@ -184,28 +186,6 @@ def test_two_processes_equal_one(mechanism):
 def arguments(data, out, *more):
     return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16",
             "--queue", "32", "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
-
-
-def run(monkeypatch, *argv):
-    """moco.main() as the command line runs it; gives the exit code."""
-    monkeypatch.setattr(sys, "argv", ["moco.py", *map(str, argv)])
-    try:
-        moco.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def rows(out):
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-
-
-def weights(out):
-    return torch.load(Path(out, "last.pt"), weights_only=True)["model"]
-
-
-def without_speed(rows):
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait")} for row in rows]
 
 
 def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):

@@ -1,0 +1,495 @@
+"""SoCo: Aligning Pretraining for Detection via Object-Level Contrastive Learning (Wei et al., NeurIPS 2021).
+
+Every object proposal of an image is an instance of its own: its features in one view, cut out by RoIAlign, must predict
+its features in another view, where it lies elsewhere and is larger or smaller. The network is the detector's: backbone,
+feature pyramid and box head are all pre-trained.
+
+    python soco.py                                              shapes drawn on the fly, some minutes on two cores
+    python soco.py --data DIR                                   your own images; proposals by selective search
+    torchrun --nproc_per_node=8 soco.py --data /imagenet        as in the paper
+    python soco.py --data DIR --detector c4                     for detectors without FPN
+    python soco.py --data DIR --views 4                         SoCo*, with a fourth view
+
+Writes last.pt, log.jsonl, views.png and proposals.npz to --out; the same command again goes on where it stopped. In
+last.pt's `model`, `online.backbone.*`, `online.fpn.*` and `online.head.*` are torchvision's ResNet,
+FeaturePyramidNetwork and FastRCNNConvFCHead.
+"""
+import copy
+import os
+import shutil
+import struct
+import sys
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.utils import draw_bounding_boxes
+
+import common
+
+PAPER = dict(  # on ImageNet; lr is for batch_size: 1.0 per 256
+    arch="resnet50", size=224, epochs=100, batch_size=2048, lr=8.0, warmup=10, print_every=50, detector="fpn", views=3,
+    num_proposals=4, jitter=0.5, momentum=0.99, hidden=4096, dim=256)
+
+C4 = dict(views=2)                        # Sec. 3.3: V3 is discarded
+WHOLE = dict(num_proposals=1, jitter=0)   # Table 4, first row: the image is the one object
+
+DEMO = dict(
+    arch="resnet18w0.25", size=64, epochs=8, batch_size=128, warmup=1, print_every=32, proposals="truth", hidden=512)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views (Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def object_views(photo, rng, proposals, sizes, num_proposals, jitter_p):
+    """V1, the image made square; V2, a crop of V1; V3, V2 made smaller; V4, another crop of V1 (SoCo*, Sec. 4.3).
+
+    proposals(photo, rng) gives [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Gives view1,
+    view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view and within it,
+    where row k is the same object in each, mirrored, jittered and clipped on its own.
+    """
+    image = np.array([0, 0, *photo.size], float)
+    boxes = proposals(photo, rng)
+    for _ in range(10):
+        v2, v4 = (common.random_crop((sizes[0], sizes[0]), (0.5, 1.0), rng) for _ in range(2))
+        v2, v4 = (np.array(crop) * np.tile(photo.size, 2) / sizes[0] for crop in (v2, v4))  # pixels of the image
+        crops = [image, v2, v2, v4][:len(sizes)]
+        seen = [inside(boxes, crop) for crop in crops[1:]]
+        kept = np.flatnonzero(np.all(seen, axis=0))
+        if len(kept):
+            break
+    else:
+        boxes, kept = image[None], [0]  # no proposal in sight: the whole of each view is the one object
+    boxes = boxes[rng.choice(kept, num_proposals, replace=len(kept) < num_proposals)]
+    batch = {}
+    for i, (view, crop, size) in enumerate(zip(photo.cut(crops, sizes), crops, sizes), start=1):
+        seen = jitter(to_view(boxes, crop, size), jitter_p, rng).clip(0, size)
+        if rng.random() < 0.5:
+            view, seen = ImageOps.mirror(view), mirrored(seen, size)
+        batch |= {f"view{i}": common.to_tensor(view), f"boxes{i}": torch.from_numpy(seen.astype(np.float32))}
+    return batch
+
+
+def to_view(boxes, crop, size):
+    """Boxes [n, 4] from the pixels of the image to those of `crop` (xyxy, pixels of the image) made size x size, and
+    clipped to it."""
+    corner, side = np.tile(crop[:2], 2), np.tile(crop[2:] - crop[:2], 2)
+    return ((boxes - corner) * (size / side)).clip(0, size)
+
+
+def inside(boxes, crop):
+    """Which boxes [n, 4] keep 16 pixels a side, of 224, in the crop -> [n] bool."""
+    x1, y1, x2, y2 = to_view(boxes, crop, 224).T
+    return (x2 - x1 >= 16) & (y2 - y1 >= 16)
+
+
+def jitter(boxes, p, rng):
+    """Box jitter: with probability p a box's centre and size move by up to a tenth of its width and height each."""
+    centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    r = rng.uniform(-0.1, 0.1, (len(boxes), 4)) * (rng.random((len(boxes), 1)) < p)
+    centre, side = centre + r[:, :2] * side, side + r[:, 2:] * side
+    return np.concatenate([centre - side / 2, centre + side / 2], axis=1)
+
+
+def mirrored(boxes, size):
+    return np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
+
+
+def photometric(view, size):
+    """BYOL's colours: its first view's for V1, its second view's for the others; blur in proportion to the size."""
+    blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
+    return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
+                              sigma=(0.1 * size / 224, 2.0 * size / 224))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model (Sec. 3.3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def assign_levels(boxes, size):
+    """Scale-aware assignment: 0 to 3, for P2 to P5, of boxes [..., 4] in pixels of their view, by their area there.
+
+    The bounds 48^2, 96^2 and 192^2 are for V1 of 224 pixels; they follow its `size`.
+    """
+    area = ((boxes[..., 2:] - boxes[..., :2]) * (224 / size)).prod(dim=-1)
+    return sum((area >= side ** 2).long() for side in (48, 96, 192))
+
+
+def pyramid_roi_align(pyramid, boxes, levels, output_size):
+    """RoIAlign of each box on its assigned level alone: [N, C, H, W] each, boxes [N, K, 4] in pixels of the view, levels
+    [N, K] -> [N*K, C, S, S].
+
+    The levels are laid on one sheet, below each other, and pooled in one call: no level's boxes need to be counted. A
+    border that repeats its edge keeps a level's bilinear samples out of its neighbours.
+    """
+    width = pyramid[0].shape[3]
+    framed = [F.pad(p, (1, 1, 1, 1), mode="replicate") for p in common.float32(*pyramid)]
+    sheet = torch.cat([F.pad(p, (0, width + 2 - p.shape[3])) for p in framed], dim=2)  # [N, C, sum of H + 2, W + 2]
+    top = 1 + sum((levels > level) * p.shape[2] for level, p in enumerate(framed[:-1]))  # [N, K]
+    offset = torch.stack([torch.ones_like(top), top], dim=-1).repeat(1, 1, 2)            # [N, K, 4]: x, y, x, y
+    stride = 4 * 2 ** levels[..., None]
+    return common.roi_align(sheet, boxes / stride + offset, output_size, stride=1).to(pyramid[0].dtype)
+
+
+def mlp(width, hidden, dim):
+    """Projector and predictor (Sec. 4.1)."""
+    return nn.Sequential(nn.Linear(width, hidden), common.sync_batchnorm(hidden), nn.ReLU(inplace=True),
+                         nn.Linear(hidden, dim))
+
+
+class ObjectEncoder(nn.Module):
+    """f^I, RoIAlign, f^H and the projector g: a view [N, 3, H, W] and its boxes [N, K, 4] -> [N*K, dim], image-major.
+
+    detector: "fpn" has the backbone, pyramid and box head (four convolutions, one linear layer) of Mask R-CNN with FPN,
+    norms in all; "c4" pools from c4, and stage 5 is the head. size: of V1, in pixels.
+    """
+
+    def __init__(self, arch, detector, size, hidden, dim):
+        super().__init__()
+        norm = common.sync_batchnorm
+        self.detector, self.size = detector, size
+        self.backbone = common.resnet(arch, norm)
+        width = self.backbone.channels[-1]
+        if detector == "fpn":
+            channels = round(256 * min(1.0, self.backbone.width))  # a demo's narrow backbone has a narrow detector
+            width = 4 * channels
+            self.fpn = FeaturePyramidNetwork(self.backbone.channels, channels, norm_layer=norm)
+            self.head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm_layer=norm)
+        self.projector = mlp(width, hidden, dim)
+
+    def forward(self, x, boxes):
+        if self.detector == "fpn":
+            stages = self.backbone(x)
+            pyramid = list(self.fpn(dict(enumerate(stages))).values())                    # P2 to P5, [N, C, H/4, W/4], ...
+            levels = assign_levels(boxes, self.size)                                      # [N, K]
+            h = self.head(pyramid_roi_align(pyramid, boxes, levels, 7))                   # Eq. 1: [N*K, 1024]
+        else:
+            c4 = self.backbone(x, stages=3)[-1]
+            rois = common.roi_align(c4, boxes, 14, stride=16)                             # [N*K, C4, 14, 14]
+            h = self.backbone.layer4(rois).mean(dim=(2, 3))                               # Eq. 1: [N*K, 2048]
+        return self.projector(h)
+
+
+class SoCo(nn.Module):
+    """The pretext task. views: 2, 3, or 4 for SoCo*; size: of V1, in pixels. The target network follows the online one
+    by `update(momentum)`."""
+
+    def __init__(self, arch, detector="fpn", views=3, size=224, hidden=4096, dim=256):
+        super().__init__()
+        self.photometric = nn.ModuleList(photometric(view, size) for view in range(1, views + 1))
+        self.online = ObjectEncoder(arch, detector, size, hidden, dim)
+        self.predictor = mlp(dim, hidden, dim)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, batch):
+        """batch: view1, view2, ... [N, 3, S, S] uint8 and boxes1, boxes2, ... [N, K, 4] -> L^SoCo and its stats."""
+        views = [(colours(batch[f"view{i}"]), batch[f"boxes{i}"]) for i, colours in enumerate(self.photometric, start=1)]
+        normalise = lambda x: F.normalize(*common.float32(x), dim=1)
+        v_online = [normalise(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
+        with torch.no_grad():
+            v_target = [normalise(self.target(*view)) for view in views]                  # Eq. 3, 4
+        cosine = lambda a, b: (a * b).sum(dim=1).mean()                                   # Eq. 6: the mean over K and N
+        loss, stats = 0, {}
+        for i in range(1, len(views)):
+            forth, back = cosine(v_online[0], v_target[i]), cosine(v_online[i], v_target[0])
+            loss = loss - 2 * forth - 2 * back                                            # Eq. 5, and symmetrized
+            stats[f"cosine{i + 1}"] = (forth + back).detach() / 2
+        return loss, {**stats, "std": v_target[0].std(dim=0).mean()}
+
+    @torch.no_grad()
+    def update(self, momentum):
+        common.momentum_update(self.target, self.online, momentum)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proposals (Sec. 3.2, appendix A)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def selective_search(photo):
+    """Selective search with the paper's scale 500, sigma 0.9 and min_size 10 -> [n, 4] xyxy pixels of the image.
+
+    In HSV, as its authors' single strategy. An image whose longer side has more than 500 pixels is searched at 500, which
+    is what ImageNet's have: more pixels are not more objects.
+    """
+    import cv2
+    from cv2.ximgproc import segmentation as cv
+    cv2.setNumThreads(1)  # every core has an image of its own
+    scale = min(1.0, 500 / max(photo.size))
+    size = [max(1, round(side * scale)) for side in photo.size]
+    image = np.asarray(photo.decode(scale).resize(size, Image.Resampling.BILINEAR))
+    search = cv.createSelectiveSearchSegmentation()
+    search.addImage(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    search.addGraphSegmentation(cv.createGraphSegmentation(0.9, 500, 10))
+    search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(
+        cv.createSelectiveSearchSegmentationStrategyColor(), cv.createSelectiveSearchSegmentationStrategyTexture(),
+        cv.createSelectiveSearchSegmentationStrategySize(), cv.createSelectiveSearchSegmentationStrategyFill()))
+    x, y, w, h = np.unique(search.process(), axis=0).T
+    return np.stack([x, y, x + w, y + h], axis=1) * np.tile(np.divide(photo.size, size), 2)
+
+
+def keep_objects(boxes, size):
+    """The boxes [n, 4] that may be objects of an image of (width, height): 1/3 <= w/h <= 3 and, relative to the image,
+    0.3 <= sqrt(wh) / sqrt(WH) <= 0.8 (Sec. 3.2).
+
+    Where none is: those of that aspect; else those of 32 pixels or more a side; else the whole image.
+    """
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    aspect = (w <= 3 * h) & (h <= 3 * w)
+    scale = np.sqrt(w * h / (size[0] * size[1]))
+    for keep in (aspect & (0.3 <= scale) & (scale <= 0.8), aspect, (w >= 32) & (h >= 32)):
+        if keep.any():
+            return boxes[keep]
+    return np.array([[0, 0, *size]])
+
+
+def random_boxes(size, n, rng):
+    """n boxes drawn anywhere in an image of (width, height), of sizes that `keep_objects` keeps (Table 5c)."""
+    width, height = size
+    side = rng.uniform(0.3, 0.8, n) * np.sqrt(width * height)
+    low = np.maximum(1 / 3, (side / height) ** 2)                # of w/h: a box must fit into the image
+    high = np.maximum(low, np.minimum(3, (width / side) ** 2))
+    ratio = np.exp(rng.uniform(np.log(low), np.log(high)))
+    w, h = np.minimum(side * np.sqrt(ratio), width), np.minimum(side / np.sqrt(ratio), height)
+    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return np.stack([x, y, x + w, y + h], axis=1)
+
+
+
+PART = 64  # images whose boxes lie in one file until all are made
+
+
+def make_proposals(path, source, device):
+    """Selective search in every image, by all processes together; what a killed run had finished is not done again."""
+    try:
+        from cv2.ximgproc import segmentation  # noqa: F401
+    except ImportError:
+        common.fail("selective search needs OpenCV's contrib modules: pip install opencv-contrib-python-headless (and no "
+                    "other OpenCV beside it); --proposals random needs none")
+    folder = Path(f"{path}.{zlib.crc32(source.names):08x}.parts")
+    parts = [folder / f"{k}.npz" for k in range(-(-len(source) // PART))]
+
+    def write(k, file):
+        boxes = [objects(source, i) for i in range(k * PART, min((k + 1) * PART, len(source)))]
+        np.savez(file, boxes=np.concatenate(boxes), counts=[len(b) for b in boxes])
+
+    common.make_files(f"proposals of {len(source)} images", len(parts), parts.__getitem__, write, device)
+    if common.rank() == 0:
+        made = [np.load(part) for part in parts]
+        save_proposals(path, source, [part["boxes"] for part in made], np.concatenate([part["counts"] for part in made]))
+        shutil.rmtree(folder)
+    common.barrier()
+
+
+def objects(source, i):
+    """What selective search finds in image i: [n, 4] float32; no box where it cannot be decoded."""
+    try:
+        photo = source.photo(i)
+        return keep_objects(selective_search(photo), photo.size).astype(np.float32)
+    except common.Unreadable as error:
+        print(f"cannot decode {source.name(i)} ({error}): no proposals", file=sys.stderr, flush=True)
+        return np.zeros((0, 4), np.float32)
+
+
+def save_proposals(path, source, boxes, counts):
+    """Write a proposals file. boxes: a list of [n, 4] arrays, xyxy in pixels of the upright images, those of image 0
+    first; counts: how many of them each image of `source`, a `common.ImageFolder`, has.
+
+    The file is an uncompressed .npz of `boxes` [M, 4]; `offsets` [N + 1], the boxes of image i being rows offsets[i] to
+    offsets[i + 1]; and `names` uint8, the path of each image below the folder, ended by a zero byte.
+    """
+    with common.whole(path) as file:
+        np.savez(file, boxes=np.concatenate(boxes), offsets=np.cumsum([0, *counts]), names=source.names)
+
+
+def read_proposals(path, source):
+    """The Proposals of a file that `save_proposals` describes; exits with 2 where it is none, or of other images."""
+    try:
+        boxes, arrays = mapped(path, "boxes"), np.load(path)
+        offsets, names = arrays["offsets"], arrays["names"]
+        sound = (boxes.shape[1:] == (4,) and offsets[0] == 0 and offsets[-1] == len(boxes) and min(np.diff(offsets)) >= 0
+                 and np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all())
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error, zipfile.BadZipFile) as error:
+        common.fail(f"--proposals {path} cannot be read ({' '.join(str(error).split())}): remove it to have it made anew")
+    if not sound:
+        common.fail(f"--proposals {path} is not sound: `boxes` must be finite, [M, 4], with x1 < x2 and y1 < y2, and "
+                    "`offsets` rise from 0 to M")
+    if len(offsets) != len(source) + 1:
+        common.fail(f"--proposals {path} has boxes of {len(offsets) - 1} images, but --data has {len(source)}")
+    if not np.array_equal(names, source.names):
+        theirs = names.tobytes().decode(errors="replace").split("\0")
+        i, name = next((i, name) for i, name in enumerate(theirs) if i == len(source) or name != source.name(i))
+        common.fail(f"--proposals {path} is of other images: number {i} is {name}, but {source.name(i)} in --data")
+    return Proposals(boxes, offsets)
+
+
+def mapped(path, name):
+    """Array `name` of an uncompressed .npz, memory-mapped: all processes and workers share its pages."""
+    with open(path, "rb") as file:
+        file.seek(zipfile.ZipFile(file).getinfo(f"{name}.npy").header_offset + 26)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # over a name and an extra field
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+class Proposals:
+    """proposals(photo, rng) gives the photo's boxes, [n, 4] xyxy pixels of the image."""
+
+    def __init__(self, boxes, offsets):
+        self.boxes, self.offsets = boxes, offsets
+
+    def __call__(self, photo, rng):
+        return np.asarray(self.boxes[self.offsets[photo.index]:self.offsets[photo.index + 1]], float)
+
+    def __str__(self):
+        return f"{len(self.boxes)} boxes, checksum {zlib.crc32(np.ascontiguousarray(self.boxes)):08x}"
+
+
+def open_proposals(args, source, device):
+    """(proposals(photo, rng), what they are): from the file --proposals, made where it is missing, or drawn."""
+    if args.proposals == "random":
+        return lambda photo, rng: random_boxes(photo.size, 100, rng), "random"
+    if args.proposals == "whole":
+        return lambda photo, rng: np.array([[0, 0, *photo.size]], float), "whole"
+    if args.proposals == "truth":
+        proposals = Proposals(np.concatenate(source.boxes), np.cumsum([0, *map(len, source.boxes)]))
+    else:
+        if not Path(args.proposals).exists():
+            make_proposals(args.proposals, source, device)
+        proposals = read_proposals(args.proposals, source)
+    return proposals, str(proposals)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOURS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodgerblue"]
+
+
+def annotated(picture, boxes, labels, side):
+    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], one colour each, enlarged so that one of `side` has 256."""
+    factor = max(1, 256 // side)
+    picture = F.interpolate(picture[None], scale_factor=factor)[0]
+    picture = draw_bounding_boxes(picture, boxes * factor, labels, [COLOURS[k % 8] for k in range(len(boxes))], width=2)
+    return F.pad(picture, (0, side * factor - picture.shape[2], 0, side * factor - picture.shape[1]))
+
+
+def save_views(path, model, batch):
+    """views.png: the views of a few images side by side, each in its size; a proposal has one colour, and its level."""
+    columns, size = [], model.online.size
+    for i, colours in enumerate(model.photometric, start=1):
+        views, boxes = common.denormalised(colours(batch[f"view{i}"][:8])).cpu(), batch[f"boxes{i}"][:8].cpu()
+        labels = [[f"P{2 + level}" for level in row] for row in assign_levels(boxes, size)]
+        labels = labels if model.online.detector == "fpn" else [None] * len(boxes)
+        columns.append(torch.stack([annotated(*row, size) for row in zip(views, boxes, labels)]))
+    common.save_views(path, *columns)
+
+
+def save_figure_2(path, source, proposals):
+    """Ten proposals, drawn at random, of each of eight images."""
+    rng, pictures = np.random.default_rng(0), []
+    for i in rng.permutation(len(source))[:8]:
+        photo = source.photo(i)
+        image = np.array([0, 0, *photo.size], float)
+        boxes = rng.permutation(to_view(proposals(photo, rng), image, 256))[:10]
+        picture = common.to_tensor(photo.cut([image], [256])[0]) / 255
+        pictures.append(annotated(picture, torch.from_numpy(boxes), None, 256))
+    common.save_views(path, *torch.stack(pictures).chunk(4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training (Sec. 4.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = common.Parser(__doc__, PAPER, DEMO)
+    add = parser.own.add_argument
+    add("--proposals", metavar="FILE.npz|random|whole",
+        help="a file of boxes, made where it is missing; or boxes drawn at random (Table 5c); or the whole image (Table "
+             "4) (default: OUT/proposals.npz; demo: the drawn objects' true boxes)")
+    add("--prepare", action="store_true", help="make the proposals and a picture of some, and stop")
+    add("--detector", choices=["fpn", "c4"], help="the detector to pre-train")
+    add("--views", type=int, choices=[2, 3, 4], help="3: V1, V2, V3; 4: SoCo*; 2: no V3, as with --detector c4")
+    add("--small-size", type=common.number(int, 16), help="side of V3 in pixels (default: half of --size)")
+    add("--num-proposals", type=common.number(int, 1), help="K, the boxes of an image in a step")
+    add("--jitter", type=common.number(float, 0, 1), help="probability of box jitter")
+    add("--momentum", type=common.number(float, 0, 1), help="tau at the start; it rises to 1")
+    add("--hidden", type=common.number(int, 1), help="width of the hidden layer of projector and predictor")
+    add("--dim", type=common.number(int, 1), help="length of an embedding")
+    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
+    args = parser.parse(lambda args: {**(C4 if args.detector == "c4" else {}),
+                                      **(WHOLE if args.proposals == "whole" else {})})
+    args.proposals = args.proposals or str(Path(args.out, "proposals.npz"))
+    args.small_size = args.small_size or args.size // 2
+    if args.detector == "c4" and args.views > 2:
+        common.fail("--detector c4 has the views V1 and V2 alone: leave --views out")
+    if args.proposals == "truth" and args.data is not None:
+        common.fail("--proposals truth is for the drawn shapes: images of your own have no boxes yet")
+    if args.prepare and args.proposals in ("truth", "random", "whole"):
+        common.fail(f"--prepare has nothing to make: --proposals {args.proposals} needs no file")
+    return args
+
+
+def main():
+    device = common.init_distributed()
+    args = arguments()
+    source, monitor = common.open_data(args, single=False)
+    common.seed_device(args.seed)
+    model = SoCo(args.arch, args.detector, args.views, args.size, args.hidden, args.dim)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=0.0, momentum=0.9,
+                            weight_decay=1e-5)
+    file = Path(args.proposals)
+    proposals, args.proposals = open_proposals(args, source, device)
+    if args.prepare:
+        if common.rank() == 0:
+            save_figure_2(file.with_suffix(".png"), source, proposals)
+            print(f"{file}: {args.proposals}, of {len(source)} images; some of them in {file.with_suffix('.png')}")
+        return common.finish()
+    run = common.Run(args, source, "soco", model, optimizer)
+    sizes = [args.size, args.size, args.small_size, args.size * 6 // 7][:args.views]  # V4: 192 of 224
+    views = partial(object_views, proposals=proposals, sizes=sizes, num_proposals=args.num_proposals,
+                    jitter_p=args.jitter)
+    batches = run.batches(views, device)
+    ddp = common.parallel(model, device, args.compile)
+
+    if monitor and run.step == 0:
+        run.monitor(model.online.backbone, monitor, device)
+    for batch in batches:
+        if run.step == 0:
+            common.seed_device(args.seed, run.step, common.rank())
+            save_views(Path(args.out, "views.png"), model, batch)
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
+                                  round(args.warmup * run.steps_per_epoch))
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            loss, stats = ddp(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step += 1
+        model.update(common.cosine(args.momentum, 1.0, run.step, run.total))
+        if run.step % args.print_every == 0:
+            run.log(loss, stats, lr)
+        if monitor and run.step % run.steps_per_epoch == 0:
+            run.monitor(model.online.backbone, monitor, device)
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    run.summary(loss=f"0 where nothing is learned, {4 - 4 * args.views} where all is",
+                std=f"0 where collapsed, healthy about {args.dim ** -0.5:.3f}")
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()

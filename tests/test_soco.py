@@ -1,0 +1,323 @@
+"""SoCo: geometry against painted pictures, the model against slow formulas, proposals, the script as a user runs it."""
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import common
+import soco
+from conftest import ROOT, in_processes, rows, run_script, weights, without_speed, write_pictures
+
+run = partial(run_script, soco)
+SIZES = [64, 64, 32, 54]
+
+
+def painted(size, box):
+    """A blue picture of (width, height) with a red box."""
+    picture = np.full((size[1], size[0], 3), (0, 0, 255), np.uint8)
+    x1, y1, x2, y2 = box
+    picture[y1:y2, x1:x2] = (255, 0, 0)
+    return common.Photo(Image.fromarray(picture), 0)
+
+
+def extent(view):
+    """Where the paint lies in a view [3, S, S]: x1, y1, x2, y2 to a fraction of a pixel, by how red its edge pixels are."""
+    red = view[0].double() / 255
+    across, down = red.amax(dim=0), red.amax(dim=1)
+    edges = lambda line: (line.nonzero()[0].item() + 1 - line[line.nonzero()[0]].item(),
+                          line.nonzero()[-1].item() + line[line.nonzero()[-1]].item())
+    (x1, x2), (y1, y2) = edges(across), edges(down)
+    return torch.tensor([x1, y1, x2, y2])
+
+
+# --- views ---
+
+@pytest.mark.parametrize("size", [(320, 200), (90, 333), (64, 64), (70, 130)])
+def test_paint_stays_in_its_box_through_crop_resize_and_flip_in_every_view(size):
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        w, h = (int(side * rng.uniform(0.35, 0.7)) for side in size)
+        x, y = int(rng.integers(size[0] - w + 1)), int(rng.integers(size[1] - h + 1))
+        box = x, y, x + w, y + h
+        batch = soco.object_views(painted(size, box), rng, lambda photo, rng: np.array([box], float), SIZES, 2, 0.0)
+        for i, side in enumerate(SIZES, start=1):
+            assert batch[f"view{i}"].shape == (3, side, side) and batch[f"view{i}"].dtype == torch.uint8
+            assert (batch[f"boxes{i}"][0] - extent(batch[f"view{i}"])).abs().max() < 1, (i, size, box)
+            assert torch.equal(batch[f"boxes{i}"][0], batch[f"boxes{i}"][1])  # one proposal, twice, without jitter
+
+
+def test_jittered_boxes_stay_within_a_tenth_of_the_paint_and_in_the_view():
+    rng, moved = np.random.default_rng(1), []
+    box = 60, 30, 180, 130
+    for _ in range(300):
+        batch = soco.object_views(painted((320, 200), box), rng, lambda photo, rng: np.array([box], float), SIZES, 4, 0.5)
+        for i, side in enumerate(SIZES, start=1):
+            boxes, paint = batch[f"boxes{i}"], extent(batch[f"view{i}"])
+            reach = 0.15 * (paint[2:] - paint[:2]).repeat(2) + 1       # a tenth of the centre, half a tenth of the side
+            assert ((boxes - paint).abs() <= reach).all()
+            assert boxes.min() >= 0 and boxes.max() <= side and (boxes[:, 2:] - boxes[:, :2]).min() > 3
+            moved.append(((boxes - paint).abs().amax(dim=1) > 1).float().mean().item())
+    assert 0.3 < np.mean(moved) < 0.5                                  # half of them, less those moved by little
+
+
+def test_box_jitter_moves_centre_and_side_by_up_to_a_tenth_each_on_its_own_draw():
+    boxes = np.tile([10.0, 20, 50, 120], (20000, 1))                   # 40 wide, 100 high
+    out = soco.jitter(boxes, 0.5, np.random.default_rng(0))
+    still = (out == boxes).all(axis=1)
+    assert still.mean() == pytest.approx(0.5, abs=0.02)
+    x, y = (out[~still, :2] + out[~still, 2:]).T / 2
+    w, h = (out[~still, 2:] - out[~still, :2]).T
+    draws = np.stack([(x - 30) / 40, (y - 70) / 100, (w - 40) / 40, (h - 100) / 100])
+    assert np.abs(draws).max() <= 0.1 + 1e-9 and np.abs(draws).max(axis=1) == pytest.approx([0.1] * 4, abs=1e-3)
+    assert draws.var(axis=1) == pytest.approx([0.2 ** 2 / 12] * 4, rel=0.05)
+    assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 0.03
+
+
+def test_v1_is_the_whole_image_v2_half_of_it_or_more_and_v3_shows_the_same_as_v2():
+    ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 300)), np.zeros((300, 300))], axis=-1)
+    photo = common.Photo(Image.fromarray(ramp.astype(np.uint8)), 0)
+    rng, flips, areas = np.random.default_rng(0), [], []
+    for _ in range(200):
+        batch = soco.object_views(photo, rng, lambda photo, rng: np.array([[30.0, 30, 270, 270]]), SIZES, 1, 0.0)
+        span = [(v[:2].amax(dim=(1, 2)).float() - v[:2].amin(dim=(1, 2)).float()) / 255 for v in
+                (batch[f"view{i}"] for i in range(1, 5))]                                # share of the image: x, y
+        assert span[0].min() > 0.97
+        assert (span[1] - span[2]).abs().max() < 0.06
+        areas.append([(s[0] * s[1]).item() for s in (span[1], span[3])])
+        flips.append([bool(batch[f"view{i}"][0, 0, 0] > batch[f"view{i}"][0, 0, -1]) for i in range(1, 5)])
+        straight = lambda i: soco.mirrored(batch[f"boxes{i}"].numpy(), SIZES[i - 1]) if flips[-1][i - 1] else batch[f"boxes{i}"].numpy()
+        assert straight(2) == pytest.approx(2 * straight(3), abs=1e-3)
+    areas = np.array(areas)
+    assert areas.min() > 0.45 and areas.max() > 0.9 and abs(np.corrcoef(areas.T)[0, 1]) < 0.2  # V2, V4: two crops
+    assert np.mean(flips, axis=0) == pytest.approx([0.5] * 4, abs=0.12)
+    assert np.abs(np.corrcoef(np.array(flips).T) - np.eye(4)).max() < 0.25
+
+
+def test_k_different_proposals_are_taken_where_there_are_as_many_and_copies_where_there_are_fewer():
+    boxes = np.array([[10.0 * k, 10 + k, 10 * k + 60, 80] for k in range(6)])
+    photo, rng = painted((120, 100), (0, 0, 1, 1)), np.random.default_rng(0)
+    seen = set()
+    for _ in range(100):
+        taken = soco.object_views(photo, rng, lambda photo, rng: boxes, [64, 64], 4, 0.0)["boxes1"]
+        assert len({tuple(b) for b in taken.tolist()}) == 4
+        seen |= {round(b[1], 2) for b in taken.tolist()}
+    few = soco.object_views(photo, rng, lambda photo, rng: boxes[:2], [64, 64], 4, 0.0)["boxes1"]
+    assert len(few) == 4 and len({tuple(b) for b in few.tolist()}) <= 2
+    assert len(seen) == 6                                              # all come up
+
+
+@pytest.mark.parametrize("boxes", [np.zeros((0, 4)), np.array([[1.0, 1, 4, 4]])])
+def test_an_image_with_no_proposal_in_sight_is_one_whole_object_in_every_view(boxes):
+    batch = soco.object_views(painted((200, 100), (0, 0, 9, 9)), np.random.default_rng(0), lambda photo, rng: boxes, SIZES, 3, 0.0)
+    for i, side in enumerate(SIZES, start=1):
+        assert torch.equal(batch[f"boxes{i}"], torch.tensor([0.0, 0, side, side]).expand(3, 4))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (5, 5)])
+def test_images_smaller_than_a_box_give_views_and_boxes_all_the_same(size):
+    for boxes in [np.array([[-50.0, -20, 300, 200]]), np.array([[0.0, 0, *size]])]:
+        batch = soco.object_views(painted(size, (0, 0, 1, 1)), np.random.default_rng(0), lambda photo, rng: boxes, SIZES, 2, 0.5)
+        for i, side in enumerate(SIZES, start=1):
+            b = batch[f"boxes{i}"]
+            assert b.min() >= 0 and b.max() <= side and (b[:, 2:] - b[:, :2] > 0.7 * side).all()
+    assert soco.keep_objects(np.array([[0.0, 0, 1, 1]]), (1, 1)).tolist() == [[0, 0, 1, 1]]
+
+
+def test_a_proposal_counts_as_inside_with_16_of_224_pixels_a_side():
+    crop = np.array([100.0, 50, 100 + 448, 50 + 112])                  # a pixel of the view is 2 wide and half a pixel high
+    boxes = np.array([[50.0, 0, 132.1, 58.1], [50, 0, 131.9, 58.1], [50, 0, 132.1, 57.9], [548, 50, 700, 100]])
+    assert soco.inside(boxes, crop).tolist() == [True, False, False, False]
+
+
+# --- model ---
+
+TINY = dict(arch="resnet18w0.125", size=64, hidden=24, dim=16)
+
+
+def tiny(**settings):
+    common.seed_device(0)
+    model = soco.SoCo(**{**TINY, **settings})
+    for p in model.target.parameters():                                # so that a mix-up of the two networks shows
+        p.data += 0.05 * torch.randn(p.shape)
+    return model
+
+
+def plain(model):
+    """No colour draws, and BN with made-up running statistics."""
+    model.photometric = nn.ModuleList(common.Photometric() for _ in model.photometric)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_mean.uniform_(-0.1, 0.1), m.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def a_batch(n=4, k=3, sizes=SIZES, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    batch = {}
+    for i, side in enumerate(sizes, start=1):
+        low = torch.rand(n, k, 2, generator=g) * 0.5 * side
+        high = low + (0.1 + 0.4 * torch.rand(n, k, 2, generator=g)) * side
+        high[0, 0], low[0, 0], high[-1, -1] = side, 0, side           # the whole view, and one that ends at the border
+        batch |= {f"view{i}": torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8),
+                  f"boxes{i}": torch.cat([low, high], dim=2)}
+    return batch
+
+
+def test_levels_change_at_48_96_and_192_pixels_of_a_view_of_224_and_in_proportion():
+    sides = [1, 47.9, 48, 95.9, 96, 191.9, 192, 224]
+    boxes = torch.tensor([[5.0, 7, 5 + side, 7 + side] for side in sides])
+    assert soco.assign_levels(boxes, 224).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert soco.assign_levels(boxes / 2, 112).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert soco.assign_levels(boxes / 2, 224).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]   # V3: the same objects, a level lower
+    wide = torch.tensor([[0.0, 0, 24, 96], [0, 0, 24.1, 96]])                        # it is the area that counts
+    assert soco.assign_levels(wide, 224).tolist() == [1, 1]
+    assert soco.assign_levels(wide - torch.tensor([0, 0, 0.05, 0]), 224).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("side", [224, 112, 100, 32])
+def test_pooling_the_assigned_level_equals_pooling_all_levels_and_keeping_one(side):
+    g = torch.Generator().manual_seed(0)
+    sides = [math.ceil(side / stride) for stride in (4, 8, 16, 32)]
+    pyramid = [torch.randn(2, 5, s, s, generator=g, dtype=torch.float64, requires_grad=True) for s in sides]
+    low = torch.rand(2, 40, 2, generator=g, dtype=torch.float64) * side * 0.9
+    boxes = torch.cat([low, low + torch.rand(2, 40, 2, generator=g, dtype=torch.float64) * (side - low)], dim=2)
+    boxes[:, 0] = torch.tensor([0.0, 0, side, side])
+    boxes[:, 1] = torch.tensor([side - 2.0, side - 2, side, side])
+    levels = torch.randint(0, 4, (2, 40), generator=g)
+    ours = soco.pyramid_roi_align(pyramid, boxes, levels, 7)
+    weight = torch.randn(ours.shape, generator=g, dtype=torch.float64)
+    our_grads = torch.autograd.grad((ours * weight).sum(), pyramid)
+    every = torch.stack([torchvision.ops.roi_align(p, list(boxes), 7, 1 / stride, aligned=True)
+                         for p, stride in zip(pyramid, (4, 8, 16, 32))])
+    slow = every[levels.flatten(), torch.arange(80)]
+    torch.testing.assert_close(ours, slow)
+    for a, b in zip(our_grads, torch.autograd.grad((slow * weight).sum(), pyramid)):
+        torch.testing.assert_close(a, b)
+
+
+def encode_slowly(encoder, view, box, size):
+    """Eq. 1 and the projector for one box of one view [3, S, S], with torchvision's parts put together anew."""
+    x = ((view.float() / 255 - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(common.STD).view(3, 1, 1))[None]
+    c2, c3, c4, c5 = encoder.backbone(x)
+    if encoder.detector == "fpn":
+        pyramid = encoder.fpn({"0": c2, "1": c3, "2": c4, "3": c5})
+        side = math.sqrt((box[2] - box[0]) * (box[3] - box[1])) * 224 / size
+        level = 0 if side < 48 else 1 if side < 96 else 2 if side < 192 else 3
+        roi = torchvision.ops.roi_align(pyramid[str(level)], [box[None]], 7, 1 / 2 ** (level + 2), aligned=True)
+        h = encoder.head(roi)
+    else:
+        roi = torchvision.ops.roi_align(c4, [box[None]], 14, 1 / 16, aligned=True)
+        h = F.adaptive_avg_pool2d(encoder.backbone.layer4(roi), 1).flatten(1)
+    return encoder.projector(h)[0]
+
+
+@pytest.mark.parametrize("detector, views", [("fpn", 2), ("fpn", 3), ("fpn", 4), ("c4", 2)])
+def test_loss_equals_equations_1_to_6_written_out_box_by_box(detector, views):
+    model, batch = plain(tiny(detector=detector, views=views)), a_batch(sizes=SIZES[:views])
+    loss, stats = model(batch)
+    online = lambda i, n, k: model.predictor(encode_slowly(model.online, batch[f"view{i}"][n], batch[f"boxes{i}"][n, k], 64)[None])[0]
+    target = lambda i, n, k: encode_slowly(model.target, batch[f"view{i}"][n], batch[f"boxes{i}"][n, k], 64)
+    cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
+    total, forth_and_back = 0.0, {i: [] for i in range(2, views + 1)}
+    for n, k, i in itertools.product(range(4), range(3), range(2, views + 1)):
+        forth, back = cosine(online(1, n, k), target(i, n, k)), cosine(online(i, n, k), target(1, n, k))
+        total += (-2 * forth - 2 * back) / 3 / 4                       # 1/K over proposals, mean over images
+        forth_and_back[i] += [forth, back]
+    assert loss.item() == pytest.approx(total, abs=1e-4)
+    for i, values in forth_and_back.items():
+        assert stats[f"cosine{i}"].item() == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_loss_is_symmetric_in_two_views():
+    model, batch = plain(tiny(views=2)), a_batch(sizes=[64, 64])
+    swapped = {name[:-1] + {"1": "2", "2": "1"}[name[-1]]: x for name, x in batch.items()}
+    assert model(batch)[0].item() == pytest.approx(model(swapped)[0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("views", [3, 4])
+def test_every_view_passes_each_network_once(views):
+    model, passes = tiny(views=views), []
+    for name in ("online", "target"):
+        getattr(model, name).backbone.register_forward_hook(lambda module, x, y, name=name: passes.append((name, x[0].shape[-1])))
+    model(a_batch(sizes=SIZES[:views]))
+    assert sorted(passes) == sorted((name, side) for name in ("online", "target") for side in SIZES[:views])
+
+
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_a_step_trains_all_of_the_online_network_and_the_target_follows_by_momentum_alone(detector):
+    views = 3 if detector == "fpn" else 2
+    model = tiny(detector=detector, views=views)
+    before = {name: p.clone() for name, p in model.target.named_parameters()}
+    optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=1.0, weight_decay=1e-5)
+    loss, _ = model(a_batch(sizes=SIZES[:views]))
+    loss.backward()
+    silent = [name for name, p in model.named_parameters() if not name.startswith("target.") and (p.grad is None or not p.grad.abs().sum())]
+    # a bias in front of a BN changes nothing
+    assert not [name for name in silent if not name.endswith("0.bias")], silent
+    assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.target.named_parameters())
+    model.update(0.9)
+    online = dict(model.online.named_parameters())
+    for name, p in model.target.named_parameters():
+        torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * online[name].detach())
+    assert not any(name.startswith("predictor") for name in dict(model.target.named_modules()))
+
+
+def test_std_is_zero_for_a_collapsed_network_and_about_one_over_root_dim_for_a_spread_one():
+    model, batch = tiny(views=2, dim=256), a_batch(8, sizes=[64, 64])
+    model.target.forward = lambda x, boxes: torch.randn(len(x) * boxes.shape[1], 256)
+    assert model(batch)[1]["std"].item() == pytest.approx(1 / 16, rel=0.1)
+    model.target.forward = lambda x, boxes: torch.ones(len(x) * boxes.shape[1], 256)
+    assert model(batch)[1]["std"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_fpn_and_head_are_those_of_detectron2s_mask_rcnn_with_norms():
+    encoder = soco.ObjectEncoder("resnet50", "fpn", 224, 4096, 256)
+    shapes = {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
+    assert [shapes[f"fpn.inner_blocks.{i}.0.weight"] for i in range(4)] == [(256, c, 1, 1) for c in (256, 512, 1024, 2048)]
+    assert [shapes[f"fpn.layer_blocks.{i}.0.weight"] for i in range(4)] == [(256, 256, 3, 3)] * 4
+    assert [shapes[f"head.{i}.0.weight"] for i in range(4)] == [(256, 256, 3, 3)] * 4
+    assert shapes["head.5.weight"] == (1024, 256 * 49) and shapes["fpn.inner_blocks.0.1.running_var"] == (256,)
+    assert shapes["projector.0.weight"] == (4096, 1024) and shapes["projector.3.weight"] == (256, 4096)
+    c4 = soco.ObjectEncoder("resnet50", "c4", 224, 4096, 256)
+    assert not any(name.startswith(("fpn", "head")) for name in c4.state_dict()) and c4.projector[0].in_features == 2048
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+def gradients():
+    """Loss and gradients of a training step, BN on, of this process's share of one batch of 4, in float64."""
+    model, batch = tiny(views=3).double(), a_batch(sizes=SIZES[:3])
+    model.photometric = nn.ModuleList(nn.Sequential(common.Photometric(), Double()) for _ in range(3))
+    share = 4 // common.world_size()
+    ddp = common.parallel(model, torch.device("cpu"))
+    loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
+    loss.backward()
+    grads = [p.grad.numpy() for p in [*model.online.parameters(), *model.predictor.parameters()]]
+    return loss.item(), grads, [b.numpy() for b in model.buffers()]
+
+
+def test_two_processes_equal_one_by_synchronised_batchnorm():
+    loss, alone, buffers = gradients()
+    results = in_processes(2, gradients)
+    assert np.mean([r[0] for r in results]) == pytest.approx(loss, abs=1e-6)
+    for _, together, their_buffers in results:
+        for a, b in zip([*alone, *buffers], [*together, *their_buffers]):
+            assert np.abs(a - b).max() <= 1e-6 + 1e-5 * np.abs(a).max()
