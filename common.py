@@ -15,6 +15,7 @@ import re
 import struct
 import sys
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -106,8 +107,9 @@ def parallel(model, device, compiled=False):
         model.compile()
     if world_size() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name for it is not in torch 2.11
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class Shuffle:
@@ -963,7 +965,7 @@ def denormalised(x):
 # --- Hours of work before training -----------------------------------------------------------------------------------
 
 class Files(Dataset):
-    """Item k makes the file path(k): write(k, file)."""
+    """Item i makes the file of tasks[i]; gives what went wrong, or nothing."""
 
     def __init__(self, path, write, tasks):
         self.path, self.write, self.tasks = path, write, tasks
@@ -972,11 +974,14 @@ class Files(Dataset):
         return len(self.tasks)
 
     def __getitem__(self, i):
-        k = self.tasks[i]
-        self.path(k).parent.mkdir(parents=True, exist_ok=True)
-        with whole(self.path(k)) as file:
-            self.write(k, file)
-        return k
+        path = self.path(self.tasks[i])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path) as file:
+                self.write(self.tasks[i], file)
+        except OSError as error:
+            return f"cannot write {path}: {error.strerror}"
+        return ""
 
 
 def make_files(label, count, path, write, device):
@@ -994,7 +999,9 @@ def make_files(label, count, path, write, device):
     done, finished, start = 0, 0, time.perf_counter()
     while finished < len(tasks):
         meet = time.perf_counter() + 5
-        while time.perf_counter() < meet and next(mine, None) is not None:
+        while time.perf_counter() < meet and (error := next(mine, None)) is not None:
+            if error:
+                fail(error, everywhere=True)
             done += 1
         finished = total(done)
         if rank() == 0:

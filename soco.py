@@ -255,9 +255,8 @@ def random_boxes(size, n, rng):
     """n boxes drawn anywhere in an image of (width, height), of sizes that `keep_objects` keeps (Table 5c)."""
     width, height = size
     side = rng.uniform(0.3, 0.8, n) * np.sqrt(width * height)
-    low = np.maximum(1 / 3, (side / height) ** 2)                # of w/h: a box must fit into the image
-    high = np.maximum(low, np.minimum(3, (width / side) ** 2))
-    ratio = np.exp(rng.uniform(np.log(low), np.log(high)))
+    low, high = (np.clip(bound, (side / height) ** 2, (width / side) ** 2) for bound in (1 / 3, 3))  # it must fit in
+    ratio = np.exp(rng.uniform(np.log(low), np.log(high)))                                           # w / h
     w, h = np.minimum(side * np.sqrt(ratio), width), np.minimum(side / np.sqrt(ratio), height)
     x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
     return np.stack([x, y, x + w, y + h], axis=1)
@@ -315,8 +314,8 @@ def read_proposals(path, source):
     try:
         boxes, arrays = mapped(path, "boxes"), np.load(path)
         offsets, names = arrays["offsets"], arrays["names"]
-        sound = (boxes.shape[1:] == (4,) and offsets[0] == 0 and offsets[-1] == len(boxes) and min(np.diff(offsets)) >= 0
-                 and np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all())
+        sound = (boxes.shape[1:] == (4,) and offsets.ndim == 1 and offsets[0] == 0 and offsets[-1] == len(boxes)
+                 and np.diff(offsets).min() >= 0 and np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all())
     except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error, zipfile.BadZipFile) as error:
         common.fail(f"--proposals {path} cannot be read ({' '.join(str(error).split())}): remove it to have it made anew")
     if not sound:

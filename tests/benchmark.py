@@ -1,13 +1,15 @@
 """What the project costs, each figure beside what it is compared with, in one run.
 
     python tests/benchmark.py                      everything that this machine can do
-    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn step
+    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals step
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
+    python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
 
 Machines are noisy: quote the ratios, with the command.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -19,10 +21,12 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
+from torchvision.ops import box_iou, roi_align
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 import moco  # noqa: E402
+import soco  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -146,6 +150,94 @@ def bn(args, folder):
           f"as 8 passes of the network {passes / one:.2f}")
 
 
+def by_level(pyramid, boxes, levels, size):
+    """What most detectors do: the boxes of each level are looked up, which waits for the device, and pooled there."""
+    rois = torch.cat([torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None],
+                      boxes.flatten(0, 1)], dim=1)
+    out = pyramid[0].new_zeros(len(rois), pyramid[0].shape[1], size, size)
+    for level, p in enumerate(pyramid):
+        mine = (levels.flatten() == level).nonzero()[:, 0]
+        out[mine] = roi_align(p.float(), rois[mine], size, 1 / (4 * 2 ** level), aligned=True).to(out.dtype)
+    return out
+
+
+def all_levels(pyramid, boxes, levels, size):
+    """What SoCo's authors released: every level pools every box, and three of the four are masked away."""
+    pooled = [common.roi_align(p, boxes, size, 4 * 2 ** level) for level, p in enumerate(pyramid)]
+    return sum(x * (levels.flatten() == level).view(-1, 1, 1, 1) for level, x in enumerate(pooled))
+
+
+def soco_step(how):
+    """Seconds and peak memory, in MB over what the model takes, of SoCo steps that pool `how`."""
+    if how:
+        soco.pyramid_roi_align = how
+    arch, n = ("resnet50", 128) if DEVICE.type == "cuda" else ("resnet18", 8)
+    common.seed_device(0)
+    model = soco.SoCo(arch).to(DEVICE, memory_format=torch.channels_last)
+    low = torch.rand(3, n, 4, 2, device=DEVICE) * 0.5
+    boxes = torch.cat([low, low + 0.2 + 0.3 * torch.rand_like(low)], dim=3)
+    batch = {}
+    for i, side in enumerate((224, 224, 112)):
+        batch |= {f"view{i + 1}": torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, device=DEVICE),
+                  f"boxes{i + 1}": boxes[i] * side}
+
+    def work():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss, _ = model(batch)
+        loss.backward()
+        model.zero_grad()
+
+    status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
+    work()
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        before = status("VmRSS:")
+    took = seconds(work, 10)
+    return took, (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmHWM:")) - before
+
+
+def pyramid(args, folder):
+    """A SoCo step, pooling each box on its own level from one sheet, level by level, or all boxes on all levels."""
+    run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(soco_step, (how,))
+    figures = {how.__name__ if how else "sheet": run(how) for how in (None, by_level, all_levels)}
+    for how, (took, memory) in figures.items():
+        print(f"pyramid: a SoCo step with {how}: {took:.2f} s, {took / figures['sheet'][0]:.2f} of sheet's; peak "
+              f"{memory:.0f} MB, {memory / figures['sheet'][1]:.2f} of sheet's")
+
+
+def proposals(args, folder):
+    """Selective search: images/s of a core, and the share of objects of 0.3 to 0.8 of the image side that a proposal
+    meets with IoU 0.5, beside as many random boxes."""
+    if args.scenes:
+        notes = json.loads(Path(args.scenes, "annotations.json").read_text())
+        source, truth = common.ImageFolder(Path(args.scenes, "images")), {}
+        number = {source.name(i): i for i in range(len(source))}
+        number = {image["id"]: number[image["file_name"]] for image in notes["images"]}
+        for note in notes["annotations"]:
+            x, y, w, h = note["bbox"]
+            truth.setdefault(number[note["image_id"]], []).append([x, y, x + w, y + h])
+    else:
+        source = common.Shapes(300, size=320)
+        truth = {i: source.scene(i)[1] for i in range(len(source))}
+    rng, hits, objects, kept, took = np.random.default_rng(0), np.zeros(2), 0, 0, 0.0
+    for i in range(min(len(source), 300)):
+        start = time.perf_counter()
+        found = soco.objects(source, i)
+        took, kept = took + time.perf_counter() - start, kept + len(found)
+        size, boxes = source.photo(i).size, np.array(truth.get(i, []), np.float64).reshape(-1, 4)
+        side = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / np.prod(size))
+        boxes = boxes[(side >= 0.3) & (side <= 0.8)]
+        objects += len(boxes)
+        for k, others in enumerate((found, soco.random_boxes(size, len(found), rng))):
+            iou = box_iou(torch.from_numpy(boxes), torch.from_numpy(others).double())
+            hits[k] += (iou.amax(dim=1) >= 0.5).sum().item() if len(boxes) else 0
+    print(f"proposals: {i + 1} images of about {size}, {(i + 1) / took:.1f} a second and core; {kept / (i + 1):.1f} proposals "
+          f"each; of {objects} objects {hits[0] / objects:.1%} found, {hits[1] / objects:.1%} by as many random boxes")
+
+
 def step(args, folder):
     """A whole MoCo step on data that lies on the device, and images/s of the whole script beside it (CUDA alone)."""
     if DEVICE.type != "cuda":
@@ -175,11 +267,12 @@ def step(args, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn step")
+    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals step")
     parser.add_argument("--images", help="folder of images for `loader`")
+    parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
-    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "step"]:
+    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "step"]:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

@@ -321,3 +321,222 @@ def test_two_processes_equal_one_by_synchronised_batchnorm():
     for _, together, their_buffers in results:
         for a, b in zip([*alone, *buffers], [*together, *their_buffers]):
             assert np.abs(a - b).max() <= 1e-6 + 1e-5 * np.abs(a).max()
+
+
+# --- proposals ---
+
+def box_of(w, h, x=5, y=5):
+    return [x, y, x + w, y + h]
+
+
+def test_proposals_are_kept_by_aspect_and_size_with_both_ends_included():
+    size = 200, 50                                                     # sqrt(WH) is 100
+    kept = [box_of(30, 30), box_of(60, 20), box_of(20, 60), box_of(80, 80), box_of(90, 30)]
+    dropped = [box_of(29, 30), box_of(62, 20), box_of(20, 62), box_of(80, 81), box_of(10, 10)]
+    assert soco.keep_objects(np.array(kept + dropped, float), size).tolist() == kept
+
+
+def test_an_image_whose_proposals_all_fail_falls_back_step_by_step():
+    size = 100, 100
+    small, long, large_and_long = box_of(10, 10), box_of(90, 10), box_of(100, 32, 0, 0)
+    keep = lambda *boxes: soco.keep_objects(np.array(boxes, float).reshape(-1, 4), size).tolist()
+    assert keep(small, long, large_and_long) == [small]                # of the right aspect
+    assert keep(long, large_and_long) == [large_and_long]              # 32 pixels or more a side
+    assert keep(long) == keep() == [[0, 0, 100, 100]]                  # the whole image
+
+
+@pytest.mark.parametrize("size", [(100, 100), (500, 333), (90, 900), (10, 1000)])
+def test_random_boxes_lie_in_the_image_and_pass_the_papers_filter(size):
+    boxes = soco.random_boxes(size, 2000, np.random.default_rng(0))
+    assert boxes.min() >= 0 and (boxes[:, 2:] <= np.array(size) + 1e-6).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
+    scale = np.sqrt(w * h / size[0] / size[1])
+    assert scale.min() >= 0.3 - 1e-6 and scale.max() <= 0.8 + 1e-6 and scale.std() > 0.1
+    if max(size) < 4 * min(size):                                      # in a strip the boxes that fit are long
+        assert (w / h).min() >= 1 / 3 - 1e-6 and (w / h).max() <= 3 + 1e-6
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 / size
+    assert centre.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize("size, orientation", [((300, 200), 1), ((1500, 1000), 1), ((300, 200), 6)])
+def test_selective_search_finds_an_object_in_pixels_of_the_upright_image(size, orientation, tmp_path):
+    rng = np.random.default_rng(0)
+    picture = np.full((size[1], size[0], 3), (70, 120, 60), np.uint8)
+    x1, y1, x2, y2 = (int(side * share) for side, share in zip(size * 2, (0.2, 0.3, 0.6, 0.8)))
+    picture[y1:y2, x1:x2] = (200, 60, 40)
+    image = Image.fromarray((picture + rng.normal(0, 3, picture.shape)).clip(0, 255).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = image if orientation == 1 else image.transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "1.jpg", exif=exif, quality=95)
+    boxes = soco.objects(common.ImageFolder(tmp_path), 0)
+    iou = torchvision.ops.box_iou(torch.tensor([[x1, y1, x2, y2]]).float(), torch.from_numpy(boxes))
+    assert iou.max() > 0.95
+    assert np.array_equal(boxes, soco.objects(common.ImageFolder(tmp_path), 0))
+
+
+def test_an_undecodable_file_is_named_and_has_no_proposals(tmp_path, capsys):
+    (tmp_path / "torn.jpg").write_bytes(b"no picture")
+    assert soco.objects(common.ImageFolder(tmp_path), 0).shape == (0, 4)
+    assert "torn.jpg" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return common.ImageFolder(write_pictures(tmp_path / "data", 5))
+
+
+BOXES = [np.array([[1, 2, 30, 40]]), np.zeros((0, 4)), np.array([[0, 0, 9, 9], [3, 3, 20, 30]]), np.array([[5, 5, 8, 8]]), np.zeros((0, 4))]
+
+
+def test_proposals_of_any_origin_come_back_image_by_image_from_memory_that_processes_share(folder, tmp_path):
+    soco.save_proposals(tmp_path / "own.npz", folder, BOXES, [len(b) for b in BOXES])
+    proposals = soco.read_proposals(tmp_path / "own.npz", folder)
+    assert isinstance(proposals.boxes, np.memmap)
+    for i in range(5):
+        assert np.array_equal(proposals(folder.photo(i), None), BOXES[i])
+
+
+def test_a_bad_proposals_file_is_refused_in_one_line_that_says_what_is_wrong(folder, tmp_path, capsys):
+    path = tmp_path / "bad.npz"
+    good = dict(boxes=np.concatenate(BOXES), offsets=np.cumsum([0, *map(len, BOXES)]), names=folder.names)
+    other = common.ImageFolder(write_pictures(tmp_path / "other", 5, seed=1))
+    Path(tmp_path / "other", folder.name(3)).rename(tmp_path / "other" / "new.png")
+    renamed = common.ImageFolder(tmp_path / "other").names
+    cases = [
+        ("cannot be read", lambda: path.write_bytes(b"PK\3\4 no archive")),
+        ("cannot be read", lambda: path.write_bytes(b"")),
+        ("cannot be read", lambda: np.savez(path, boxes=good["boxes"])),
+        ("cannot be read", lambda: np.savez_compressed(path, **good)),
+        ("boxes of 4 images, but --data has 5", lambda: soco.save_proposals(path, folder, BOXES[:4], [len(b) for b in BOXES[:4]])),
+        ("of other images: number", lambda: np.savez(path, **{**good, "names": renamed})),
+        ("not sound", lambda: np.savez(path, **{**good, "boxes": good["boxes"][:, :3]})),
+        ("not sound", lambda: np.savez(path, **{**good, "boxes": good["boxes"] * np.nan})),
+        ("not sound", lambda: np.savez(path, **{**good, "boxes": good["boxes"][:, [2, 3, 0, 1]]})),
+        ("not sound", lambda: np.savez(path, **{**good, "offsets": good["offsets"] + 1})),
+        ("not sound", lambda: np.savez(path, **{**good, "offsets": np.array([0, 3, 1, 4, 4, 4])})),
+        ("not sound", lambda: np.savez(path, **{**good, "offsets": np.array([[0, 4]])})),
+    ]
+    for says, make in cases:
+        make()
+        with pytest.raises(SystemExit) as stop:
+            soco.read_proposals(path, folder)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and says in error and error.count("\n") == 1, (says, error)
+
+
+def prepare(data, out):
+    return [sys.executable, str(ROOT / "soco.py"), "--data", str(data), "--prepare", "--proposals", str(out / "p.npz"), "--out", str(out)]
+
+
+def test_proposals_whose_making_was_killed_are_finished_without_doing_work_again(tmp_path):
+    data = write_pictures(tmp_path / "data", 70 * 12, size=120)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    parts = lambda: {p.name: p.stat().st_mtime_ns for p in killed.glob("*.parts/*.npz")}
+    process = subprocess.Popen(prepare(data, killed), stdout=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and len(parts()) < 3:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = parts()
+    assert len(done) >= 3 and not (killed / "p.npz").exists()
+    folder, = killed.glob("*.parts")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in done:                                                  # the parts go when all is done: keep a look at them
+        os.link(folder / name, linked / name)
+    again = subprocess.run(prepare(data, killed), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert {p.name: p.stat().st_mtime_ns for p in linked.iterdir()} == done and not list(killed.glob("*.parts"))
+    assert subprocess.run(prepare(data, whole), stdout=subprocess.DEVNULL).returncode == 0
+    one, two = (dict(np.load(out / "p.npz")) for out in (whole, killed))
+    assert all(np.array_equal(one[name], two[name]) for name in ("boxes", "offsets", "names"))
+    assert len(one["offsets"]) == 841 and Image.open(killed / "p.png").width > 1000
+
+
+# --- the script ---
+
+def arguments(data, out, *more):
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16",
+            "--hidden", "32", "--dim", "16", "--warmup", "1", "--workers", "0", "--print-every", "1", *map(str, more)]
+
+
+def test_a_run_makes_its_proposals_and_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
+    plan = ["--epochs", 2, "--knn", pictures]
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "whole", *plan)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 4)) == 0
+    state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+    assert (state["step"], state["epoch"], state["method"]) == (4, 0, "soco")
+    (tmp_path / "parts" / "proposals.npz").rename(tmp_path / "moved.npz")             # a file may move
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--proposals", tmp_path / "moved.npz")) == 0
+    log = rows(tmp_path / "whole")
+    assert without_speed(log) == without_speed(rows(tmp_path / "parts"))
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, 13))
+    assert {"loss", "lr", "std", "cosine2", "cosine3", "images_per_s", "data_wait"} <= set(log[1])
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+    different = sum((weights(tmp_path / "whole")[name.replace("online", "target")] != tensor).any().item()
+                    for name, tensor in weights(tmp_path / "whole").items() if name.startswith("online.backbone.layer"))
+    assert different > 40
+    with Image.open(tmp_path / "whole" / "views.png") as picture:
+        assert picture.width > 3 * 256 and picture.height > 8 * 256
+
+
+def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path):
+    command = lambda out: [sys.executable, str(ROOT / "soco.py"),
+                           *arguments(pictures, tmp_path / out, "--epochs", 12, "--save-every", 4, "--proposals", "random")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen(command("whole"), env=environment)
+    process = subprocess.Popen(command("killed"), env=environment)
+    log = tmp_path / "killed" / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 15):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert subprocess.run(command("killed"), env=environment).returncode == 0 and whole.wait() == 0
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
+    assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "killed"))
+
+
+def test_two_processes_make_proposals_and_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "soco.py")]
+    plan = arguments(pictures, tmp_path / "two", "--epochs", 2)
+    done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "one", "--prepare")) == 0
+    one, two = (dict(np.load(tmp_path / out / "proposals.npz")) for out in ("one", "two"))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert run(monkeypatch, *plan) == 0
+    log = rows(tmp_path / "two")
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, 13))
+    assert all(math.isfinite(row["loss"]) for row in log)
+
+
+@pytest.mark.parametrize("more", [["--detector", "c4"], ["--views", 4], ["--views", 2], ["--proposals", "whole"],
+                                  ["--amp", "bf16"], ["--size", 64, "--small-size", 48, "--num-proposals", 1]])
+def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--proposals", "random", "--max-steps", 3, *more)) == 0
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--detector", "c4", "--views", "3"], "views V1 and V2 alone"), (["--proposals", "truth"], "drawn shapes"),
+    (["--proposals", "random", "--prepare"], "nothing to make"), (["--num-proposals", "0"], "at least 1"),
+    (["--proposals", "/proc/no/p.npz"], "cannot write /proc/no/p.npz"), (["--arch", "resnet51"], "unknown --arch")])
+def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, capsys, more, says):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_without_opencv_a_line_says_what_to_install(pictures, tmp_path, monkeypatch, capsys):
+    for name in ("cv2", "cv2.ximgproc"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run(monkeypatch, *arguments(pictures, tmp_path)) == 2
+    assert "pip install opencv-contrib-python-headless" in capsys.readouterr().err
+
+
+def test_a_run_with_other_proposals_is_refused(pictures, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 1, "--proposals", "random")) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 2)) == 2
+    assert "proposals random (now" in capsys.readouterr().err
