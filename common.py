@@ -912,10 +912,10 @@ class Run:
                     "images_per_s": round((self.step - step) * self.args.batch_size / took, 1),
                     "data_wait": round((self.loader.waited - waited) / took, 3)})
 
-    def monitor(self, backbone, pair, device):
-        """A row with the kNN accuracy of `backbone` on (train, val)."""
+    def monitor(self, backbone, pair, device, stage=5):
+        """A row with the kNN accuracy of a stage of `backbone` on (train, val)."""
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
-            self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers)})
+            self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers, stage=stage)})
         self.restart_clock()
 
     def write(self, values):
@@ -1012,19 +1012,19 @@ def make_files(label, count, path, write, device):
 
 # --- kNN monitor -----------------------------------------------------------------------------------------------------
 
-def features(backbone, source, indices, size, device, workers):
-    """Pooled, L2-normalised c5 of centre crops, batch by batch: (indices [n], features [n, C5])."""
+def features(backbone, source, indices, size, device, workers, stage=5):
+    """Pooled, L2-normalised stage output of centre crops, batch by batch: (indices [n], features [n, C])."""
     view = lambda photo, rng: {"view": to_tensor(photo.cut([center_crop(photo.size)], [size])[0])}
     batches = ([(0, int(i)) for i in indices[start:start + 512]] for start in range(0, len(indices), 512))
     normalise = Photometric().to(device)
     for batch in Loader(source, view, batches, workers, device):
-        c5 = backbone(normalise(batch["view"]))[-1]
-        yield batch["index"], F.normalize(c5.float().mean(dim=(2, 3)), dim=1)
+        c = backbone(normalise(batch["view"]))[stage - 2]
+        yield batch["index"], F.normalize(c.float().mean(dim=(2, 3)), dim=1)
 
 
 @torch.no_grad()
-def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07):
-    """Weighted k-nearest-neighbour top-1 of frozen features (Wu et al. 2018; the monitor of MoCo A.9), in [0, 1].
+def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
+    """Weighted k-nearest-neighbour top-1 of frozen c5 (Wu et al. 2018; the monitor of MoCo A.9), or of c2 to c4, in [0, 1].
 
     Every process passes its share of the training images by all validation features and keeps the k nearest so far, so
     that no training feature is ever stored. `train`, `val`: sources with labels; k: fewer where there are fewer.
@@ -1036,12 +1036,13 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07):
     for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
         dist.broadcast(buffer, src=0)
     share = np.arange(rank(), len(val) + -len(val) % world_size(), world_size()) % len(val)  # as many in every process
-    index, rows = (all_gather(torch.cat(x)) for x in zip(*features(backbone, val, share, size, device, workers)))
-    queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C5]
+    index, rows = (all_gather(torch.cat(x)) for x in zip(*features(backbone, val, share, size, device, workers, stage)))
+    queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C]
     best = torch.full((len(val), k), -2.0, device=device)                                      # similarities [M, k]
     label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
     labels = labels.to(device)
-    for index, rows in features(backbone, train, range(rank(), len(train), world_size()), size, device, workers):
+    mine = range(rank(), len(train), world_size())
+    for index, rows in features(backbone, train, mine, size, device, workers, stage):
         with torch.autocast(device.type, enabled=False):  # the backbone may run in bf16, similarities may not
             best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
         label = torch.cat([label, labels[index].expand(len(val), -1)], dim=1).gather(1, place)

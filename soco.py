@@ -43,7 +43,8 @@ C4 = dict(views=2)                        # Sec. 3.3: V3 is discarded
 WHOLE = dict(num_proposals=1, jitter=0)   # Table 4, first row: the image is the one object
 
 DEMO = dict(
-    arch="resnet18w0.25", size=64, epochs=8, batch_size=128, warmup=1, print_every=32, proposals="truth", hidden=512)
+    arch="resnet18w0.25", size=48, epochs=4, batch_size=64, lr=32.0, warmup=1, print_every=32, proposals="truth",
+    num_proposals=3, hidden=512)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,7 +464,7 @@ def main():
     ddp = common.parallel(model, device, args.compile)
 
     if monitor and run.step == 0:
-        run.monitor(model.online.backbone, monitor, device)
+        run.monitor(model.online.backbone, monitor, device, stage=4)
     for batch in batches:
         if run.step == 0:
             common.seed_device(args.seed, run.step, common.rank())
@@ -482,7 +483,7 @@ def main():
         if run.step % args.print_every == 0:
             run.log(loss, stats, lr)
         if monitor and run.step % run.steps_per_epoch == 0:
-            run.monitor(model.online.backbone, monitor, device)
+            run.monitor(model.online.backbone, monitor, device, stage=4)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
     run.summary(loss=f"0 where nothing is learned, {4 - 4 * args.views} where all is",
