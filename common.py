@@ -234,6 +234,11 @@ def roi_align(features, boxes, output_size, stride):
     return torchvision.ops.roi_align(wide, rois, output_size, 1 / stride, aligned=True).to(features.dtype)
 
 
+def mlp(width, hidden, dim):
+    """Projector and predictor of BYOL, SoCo and DetCon: linear, BN over all processes, ReLU, linear."""
+    return nn.Sequential(nn.Linear(width, hidden), sync_batchnorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+
+
 # --- Queue, InfoNCE and momentum -------------------------------------------------------------------------------------
 
 class Queue(nn.Module):
@@ -709,11 +714,16 @@ class Shapes:
         return image, boxes, masks[keep], np.asarray(classes)[keep].astype(np.int64)
 
     def draw_all(self):
-        """Draw every picture now, on all cores, into memory that workers share; `.boxes` has the boxes of each."""
+        """Draw every picture now, on all cores, into memory that workers share, with `.boxes` and `.segments`."""
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            scenes = [scene[:2] for scene in pool.imap(self.scene, range(self.count), chunksize=64)]
-        self.pictures, self.boxes = np.stack([scene[0] for scene in scenes]), [scene[1] for scene in scenes]
+            pictures, self.boxes, segments = zip(*pool.imap(self.labelled, range(self.count), chunksize=64))
+        self.pictures, self.segments = np.stack(pictures), np.stack(segments)
         return self
+
+    def labelled(self, i):
+        """(image, boxes, label map uint8 [S, S]: 0 for the ground, k for object k) of picture i."""
+        image, boxes, masks, _ = self.scene(i)
+        return image, boxes, (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(axis=0).astype(np.uint8)
 
     def photo(self, i):
         return Photo(Image.fromarray(self.scene(i)[0] if self.pictures is None else self.pictures[i]), i)
@@ -744,13 +754,13 @@ class Views(Dataset):
     def __getitem__(self, item):
         rng = np.random.default_rng((1, self.seed, *item))
         index, bad = item[1], ""
-        for _ in range(20):  # where so many in a row are bad, the Loader ends the run
+        for _ in range(20):
             try:
                 return {**self.views(self.source.photo(index), rng), "index": item[1], "bad": bad}
             except Unreadable as error:
                 bad = bad or f"{self.source.name(index)} ({error})"
                 index = int(rng.integers(len(self.source)))
-        return {**self.views(Photo(Image.new("RGB", (256, 256)), index), rng), "index": item[1], "bad": bad}
+        raise Unreadable(f"{bad}, nor 19 others in a row, more than 1 %: mend or remove them")
 
 
 def global_batches(images, batch_size, seed, first, last):
@@ -781,8 +791,14 @@ class Loader:
                                  multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
-        start = time.perf_counter()
-        for batch in self.loader:
+        start, batches = time.perf_counter(), iter(self.loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except Unreadable as error:
+                fail(f"cannot decode {str(error).splitlines()[-1]}", everywhere=True)
+            if batch is None:
+                return
             self.waited += time.perf_counter() - start
             self.count(batch.pop("bad"))
             yield {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}

@@ -141,12 +141,6 @@ def pyramid_roi_align(pyramid, boxes, levels, output_size):
     return common.roi_align(sheet, boxes / stride + offset, output_size, stride=1).to(pyramid[0].dtype)
 
 
-def mlp(width, hidden, dim):
-    """Projector and predictor (Sec. 4.1)."""
-    return nn.Sequential(nn.Linear(width, hidden), common.sync_batchnorm(hidden), nn.ReLU(inplace=True),
-                         nn.Linear(hidden, dim))
-
-
 class ObjectEncoder(nn.Module):
     """f^I, RoIAlign, f^H and the projector g: a view [N, 3, H, W] and its boxes [N, K, 4] -> [N*K, dim], image-major.
 
@@ -165,7 +159,7 @@ class ObjectEncoder(nn.Module):
             width = 4 * channels
             self.fpn = FeaturePyramidNetwork(self.backbone.channels, channels, norm_layer=norm)
             self.head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm_layer=norm)
-        self.projector = mlp(width, hidden, dim)
+        self.projector = common.mlp(width, hidden, dim)
 
     def forward(self, x, boxes):
         if self.detector == "fpn":
@@ -188,7 +182,7 @@ class SoCo(nn.Module):
         super().__init__()
         self.photometric = nn.ModuleList(photometric(view, size) for view in range(1, views + 1))
         self.online = ObjectEncoder(arch, detector, size, hidden, dim)
-        self.predictor = mlp(dim, hidden, dim)
+        self.predictor = common.mlp(dim, hidden, dim)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, batch):

@@ -1,7 +1,7 @@
 """What the project costs, each figure beside what it is compared with, in one run.
 
     python tests/benchmark.py                      everything that this machine can do
-    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals step
+    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks step
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
     python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
 
@@ -25,8 +25,10 @@ from torchvision.ops import box_iou, roi_align
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+import detcon  # noqa: E402
 import moco  # noqa: E402
 import soco  # noqa: E402
+from transfer import coco_masks  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -238,6 +240,57 @@ def proposals(args, folder):
           f"each; of {objects} objects {hits[0] / objects:.1%} found, {hits[1] / objects:.1%} by as many random boxes")
 
 
+def loss_memory(dim):
+    """Peak memory in MB of DetCon's loss, forward and backward, in one of the paper's 128 processes with 32 images."""
+    common.seed_device(0)
+    gathered = iter(torch.randn(2, 4096, 16, dim, device=DEVICE, requires_grad=True))
+    latents = [torch.randn(32, 16, dim, device=DEVICE, requires_grad=True) for _ in range(2)]
+    ids = torch.randint(0, 12, (2, 32, 16), device=DEVICE)
+    common.all_gather = lambda x: next(gathered)
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
+    status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
+    before = torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmRSS:")
+    detcon.detcon_loss(*latents, *latents, *ids, 0.1).backward()
+    return (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmHWM:")) - before
+
+
+def contrast(args, folder):
+    """Memory of DetCon's loss in the paper's setting, where the square of the global batch would take 69 GB."""
+    for variant, dim in (("S", 128), ("B", 256)):
+        memory = multiprocessing.get_context("spawn").Pool(1).apply(loss_memory, (dim,))
+        print(f"contrast: the loss of DetCon-{variant}, 32 of 4096 images, 16 masks: {memory:.0f} MB, forward and backward")
+
+
+def masks(args, folder):
+    """Felzenszwalb-Huttenlocher segments: images/s of a core, and the average best overlap (Fig. 7) of them and of a grid
+    with the true masks."""
+    if args.scenes:
+        notes = json.loads(Path(args.scenes, "annotations.json").read_text())
+        source = common.ImageFolder(Path(args.scenes, "images"))
+        number = {source.name(i): i for i in range(len(source))}
+        number = {image["id"]: number[image["file_name"]] for image in notes["images"]}
+        truth = {}
+        for note in notes["annotations"]:
+            truth.setdefault(number[note["image_id"]], []).append(coco_masks.decode(note["segmentation"], None))
+    else:
+        source = common.Shapes(300, size=320)
+        truth = {i: source.scene(i)[2] for i in range(len(source))}
+    took, overlaps = 0.0, {"fh": [], "grid5": []}
+    for i in range(min(len(source), 300)):
+        photo, start = source.photo(i), time.perf_counter()
+        segments = detcon.felzenszwalb(photo, [args.fh_scale])
+        took += time.perf_counter() - start
+        height, width = segments.shape
+        grid = np.arange(25).reshape(5, 5)[np.arange(height)[:, None] * 5 // height, np.arange(width) * 5 // width]
+        for mask in truth.get(i, []):
+            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+            for name, labels in (("fh", segments), ("grid5", grid)):
+                inside, sizes = np.bincount(labels[mask], minlength=256), np.bincount(labels.ravel(), minlength=256)
+                overlaps[name].append((inside / (sizes + mask.sum() - inside)).max())
+    print(f"masks: {i + 1} images of about {width} x {height}, {(i + 1) / took:.1f} a second and core; average best overlap with "
+          f"{len(overlaps['fh'])} objects: fh {np.mean(overlaps['fh']):.1%}, grid5 {np.mean(overlaps['grid5']):.1%}")
+
+
 def step(args, folder):
     """A whole MoCo step on data that lies on the device, and images/s of the whole script beside it (CUDA alone)."""
     if DEVICE.type != "cuda":
@@ -267,12 +320,13 @@ def step(args, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals step")
+    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks step")
     parser.add_argument("--images", help="folder of images for `loader`")
-    parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`")
+    parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
+    parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
-    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "step"]:
+    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "step"]:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

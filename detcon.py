@@ -1,0 +1,391 @@
+"""DetCon: Efficient Visual Pretraining with Contrastive Detection (Hénaff et al., ICCV 2021), variants S and B.
+
+Each image is cut into segments by a simple heuristic. The features of a segment, pooled from the last stage of one view,
+must be told to be those of the same segment in another view, among all segments of that image and of all others in the
+batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
+
+    python detcon.py                                                shapes drawn on the fly, some minutes on two cores
+    python detcon.py --data DIR                                     your own images; masks by Felzenszwalb-Huttenlocher
+    torchrun --nproc_per_node=8 detcon.py --data /imagenet          DetCon-S as in the paper; --variant b for DetCon-B
+    python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
+    python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps          as the paper does on COCO
+
+Writes last.pt, log.jsonl, views.png and masks/ to --out; the same command again goes on where it stopped. In last.pt's
+`model`, `online.backbone.*` are torchvision's ResNet.
+"""
+import copy
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision.utils import draw_segmentation_masks
+
+import common
+
+PAPER = dict(  # S on ImageNet; lr is for batch_size: 0.3 per 256
+    arch="resnet50", size=224, epochs=300, batch_size=4096, lr=4.8, warmup=10, print_every=50, variant="s", masks="fh",
+    fh_scale=[1000], num_masks=16, temperature=0.1, weight_decay=1e-6, schedule="cosine", hidden=2048, dim=128)
+
+B = dict(hidden=4096, dim=256, momentum=0.99)
+B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
+
+DEMO = dict(
+    arch="resnet18w0.25", size=64, epochs=4, batch_size=64, lr=16.0, warmup=0.5, print_every=32, masks="truth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views (Sec. 3.1, A.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def two_views(photo, rng, masks, size, num_masks, keep=False):
+    """Two random crops of one image, each mirrored half of the time, and `num_masks` masks of each.
+
+    masks(photo) gives the image's masks [H, W] or [H, W, channels], over the whole image at any resolution. Gives x1 and
+    x2, uint8 [3, size, size]; ids1 and ids2 [M], which mask of the image each is; masks1 and masks2 [M, S/32, S/32], the
+    share of each cell of c5 that is in the mask. `keep`: also members1 and members2, bool [M, size, size], to look at.
+    """
+    batch, mask_of_image = {}, masks(photo)
+    crops = [common.random_crop(photo.size, (0.08, 1.0), rng) for _ in range(2)]
+    for i, (crop, x) in enumerate(zip(crops, photo.cut(crops, [size] * 2, Image.Resampling.BICUBIC)), start=1):
+        mask = cut(mask_of_image, crop, photo.size, size)
+        if rng.random() < 0.5:
+            x, mask = ImageOps.mirror(x), mask[:, ::-1]
+        ids, members = draw(mask, num_masks, rng)
+        cells = F.adaptive_avg_pool2d(torch.from_numpy(members).float(), -(-size // 32))
+        batch |= {f"x{i}": common.to_tensor(x), f"ids{i}": torch.from_numpy(ids), f"masks{i}": cells}
+        if keep:
+            batch |= {f"members{i}": torch.from_numpy(members)}
+    return batch
+
+
+def cut(labels, crop, photo_size, size):
+    """The nearest labels at the pixels of `crop` (xyxy, pixels of the image) made size x size."""
+    across, down = ((crop[k] + (np.arange(size) + 0.5) * (crop[k + 2] - crop[k]) / size) * labels.shape[1 - k]
+                    / photo_size[k] for k in (0, 1))
+    return labels[down.astype(int)[:, None], across.astype(int)]
+
+
+def draw(mask, n, rng):
+    """n of the masks that are present, with replacement: ids [n], and which pixels are in each, bool [n, S, S].
+
+    mask: uint8 [S, S] labels, [S, S, channels] with a set of labels each, or uint16 [S, S] with a mask a bit. Where no
+    mask is present, the whole view is one, number -1.
+    """
+    if mask.dtype == np.uint16:
+        present = np.flatnonzero(np.bitwise_or.reduce(mask, axis=None) >> np.arange(16) & 1)
+        member = lambda k: mask >> k & 1 > 0
+    else:
+        mask = mask[..., None] if mask.ndim == 2 else mask
+        present = np.concatenate([256 * c + np.flatnonzero(np.bincount(mask[..., c].ravel())) for c in range(mask.shape[2])])
+        member = lambda k: mask[..., k // 256] == k % 256
+    if not len(present):
+        return np.full(n, -1), np.ones((n, *mask.shape[:2]), bool)
+    ids = rng.choice(present, n)
+    return ids, np.stack([member(k) for k in ids])
+
+
+def photometric(variant, view, size):
+    """The colours of view 1 or 2 (table of A.1); blur's sigma is 0.1 to 2 pixels at 224."""
+    blur = dict(sigma=(0.1 * size / 224, 2.0 * size / 224))
+    if variant == "s":
+        return common.Photometric(0.8, 0.8, 0.8, 0.2, jitter_p=0.8, grey_p=0.2, blur_p=[1.0, 0.0][view - 1], **blur)
+    return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=[1.0, 0.1][view - 1],
+                              solarize_p=[0.0, 0.2][view - 1], **blur)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model (Sec. 3.1, A.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mask_pool(h, masks):
+    """h_m, the mean of c5 [N, C, h, w] weighted by each cell's share in the mask, masks [N, M, h, w] -> [N, M, C]."""
+    weight = masks / masks.sum(dim=(2, 3), keepdim=True)
+    return torch.einsum("nmij,ncij->nmc", weight.to(h.dtype), h)
+
+
+class Encoder(nn.Module):
+    """f, mask pooling and the projector g: [N, 3, H, W] and masks [N, M, h, w] -> [N, M, dim]."""
+
+    def __init__(self, arch, hidden, dim):
+        super().__init__()
+        self.backbone = common.resnet(arch, common.sync_batchnorm)
+        self.projector = common.mlp(self.backbone.channels[-1], hidden, dim)
+
+    def forward(self, x, masks):
+        h = mask_pool(self.backbone(x)[-1], masks)                                        # [N, M, C5]
+        return self.projector(h.flatten(0, 1)).unflatten(0, h.shape[:2])                  # z_m: [N, M, dim]
+
+
+def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature):
+    """Contrastive detection (Eq. 1 to 3), both ways: the mean over images and masks, in nats.
+
+    pred1, pred2, target1, target2: [N, M, D], of this process's N images, not normalised; ids1, ids2: [N, M], equal where
+    two draws are of one region. Each process's rows meet the targets of all processes: [N*M, 2 * world*N*M] similarities,
+    not the square of the global batch. S passes its projections as predictions and targets, and trains through both.
+    """
+    with torch.autocast(pred1.device.type, enabled=False):
+        pred1, pred2, target1, target2 = (F.normalize(x, dim=2) for x in common.float32(pred1, pred2, target1, target2))
+        target1, target2 = common.all_gather(target1), common.all_gather(target2)         # [world*N, M, D]
+        return (one_way(pred1 / temperature, target2, target1, ids1, ids2)
+                + one_way(pred2 / temperature, target1, target2, ids2, ids1))
+
+
+def one_way(pred, other, own, ids, other_ids):
+    """Eq. 3 from one view [N, M, D] to the targets of the `other` and of its `own` view, [world*N, M, D]."""
+    n, m, _ = pred.shape
+    image = torch.arange(n, device=pred.device)
+    mine = common.rank() * n + image                                                      # among all images
+    similarity = lambda targets: (pred.flatten(0, 1) @ targets.flatten(0, 1).T).view(n, m, -1, m)
+    across, within = similarity(other), similarity(own)                                   # [N, M, world*N, M] each
+    same = ids[:, :, None] == ids[:, None]                                                # [N, M, M]
+    within[image, :, mine] = within[image, :, mine].masked_fill(same, -1e9)               # no negative: the same region
+    all_targets = torch.logaddexp(across.flatten(2).logsumexp(2), within.flatten(2).logsumexp(2))
+    paired = (ids[:, :, None] == other_ids[:, None]).float()                              # the indicator of Eq. 3
+    count = paired.sum(dim=2)
+    positive = (across[image, :, mine] * paired).sum(dim=2) / count.clamp(min=1)
+    loss = (all_targets - positive) / same.sum(dim=2)                                     # Eq. 1, by draws of the region
+    return (loss * (count > 0)).mean()                                                    # Eq. 3
+
+
+class DetCon(nn.Module):
+    """The pretext task. variant "s": one network, both views; "b": a target network follows the online one by
+    `update(momentum)`. size: of the views, in pixels."""
+
+    def __init__(self, arch, variant="s", size=224, temperature=0.1, hidden=2048, dim=128):
+        super().__init__()
+        self.variant, self.temperature = variant, temperature
+        self.photometric = nn.ModuleList(photometric(variant, view, size) for view in (1, 2))
+        self.online = Encoder(arch, hidden, dim)
+        if variant == "b":
+            self.predictor = common.mlp(dim, hidden, dim)
+            self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, batch):
+        """batch: x1, x2 [N, 3, S, S] uint8, ids1, ids2 [N, M], masks1, masks2 [N, M, S/32, S/32] -> loss and stats."""
+        views = [(self.photometric[i](batch[f"x{i + 1}"]), batch[f"masks{i + 1}"]) for i in (0, 1)]
+        pred = target = [self.online(*view) for view in views]                            # v_m of S
+        if self.variant == "b":
+            pred = [self.predictor(z.flatten(0, 1)).view_as(z) for z in pred]             # v_m of B
+            with torch.no_grad():
+                target = [self.target(*view) for view in views]                           # v'_m of B
+        ids = batch["ids1"], batch["ids2"]
+        return detcon_loss(*pred, *target, *ids, self.temperature), self.stats(*pred, *target, *ids)
+
+    @torch.no_grad()
+    def stats(self, pred, _, __, target, ids, other_ids):
+        """From view 1 to view 2 within this process: the share of paired masks whose nearest target is of their own
+        region, the mean similarity of pairs, and the share of masks that have a pair."""
+        image = torch.arange(len(pred), device=pred.device)
+        with torch.autocast(pred.device.type, enabled=False):
+            pred, target = (F.normalize(x.float(), dim=2).flatten(0, 1) for x in (pred, target))
+            similarity = (pred @ target.T).view(*ids.shape, *ids.shape)                   # [N, M, N, M]
+        paired = ids[:, :, None] == other_ids[:, None]                                    # [N, M, M]
+        own = similarity[image, :, image]                                                 # [N, M, M]
+        similarity[image, :, image] = own.masked_fill(paired, -2)
+        hit = own.masked_fill(~paired, -2).amax(dim=2) > similarity.flatten(2).amax(dim=2)
+        has = paired.any(dim=2)
+        return {"accuracy": (hit & has).sum() / has.sum().clamp(min=1),
+                "positive": (own * paired).sum() / paired.sum().clamp(min=1), "paired": has.float().mean()}
+
+    @torch.no_grad()
+    def update(self, momentum):
+        if self.variant == "b":
+            common.momentum_update(self.target, self.online, momentum)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks (Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def felzenszwalb(photo, scales):
+    """Felzenszwalb-Huttenlocher segments, minimum size = scale -> uint8 [H, W], or [H, W, number of scales].
+
+    H x W is the image's size; where its longer side has more than 500 pixels, the longest of ImageNet's, that of the image
+    made that small: the scales are meant for such images.
+    """
+    import cv2
+    cv2.setNumThreads(1)  # every core has an image of its own
+    size = reduced(photo.size)
+    image = np.asarray(photo.decode(size[0] / photo.size[0]).resize(size, Image.Resampling.BILINEAR))
+    labels = []
+    for scale in scales:
+        smallest, segments = scale, None
+        while segments is None or segments.max() > 255:  # more segments than a byte tells apart: join the smallest
+            segments = cv2.ximgproc.segmentation.createGraphSegmentation(0.8, scale, smallest).processImage(image)
+            smallest *= 2
+        labels.append(segments.astype(np.uint8))
+    return labels[0] if len(scales) == 1 else np.stack(labels, axis=2)
+
+
+def reduced(size):
+    """(width, height) with the longer side 500 pixels at most."""
+    return tuple(max(1, round(side * min(1.0, 500 / max(size)))) for side in size)
+
+
+def make_masks(folder, source, scales, device):
+    """Segment every image, by all processes together, into PNGs that mirror the data folder; those there are kept."""
+    try:
+        from cv2.ximgproc import segmentation  # noqa: F401
+    except ImportError:
+        common.fail("--masks fh needs OpenCV's contrib modules: pip install opencv-contrib-python-headless (and no other "
+                    "OpenCV beside it); --masks grid5 needs none")
+
+    def write(k, file):
+        try:
+            labels = felzenszwalb(source.photo(k), scales)
+        except common.Unreadable as error:
+            print(f"cannot decode {source.name(k)} ({error}): no masks", file=sys.stderr, flush=True)
+            labels = np.zeros((1, 1), np.uint8)
+        Image.fromarray(labels).save(file, "png")
+
+    common.make_files(f"masks of {len(source)} images", len(source), lambda k: mask_path(folder, source, k), write, device)
+
+
+def mask_path(folder, source, i):
+    return Path(folder, source.name(i)).with_suffix(".png")
+
+
+def read_mask(photo, folder, source):
+    """The masks of a photo from its PNG: 8-bit grey or palette, a set of labels; RGB, three sets; 16-bit grey, up to 16
+    masks that may overlap, one a bit. Of the image's size, or of 500 pixels where `felzenszwalb` made it."""
+    path = mask_path(folder, source, photo.index)
+    if not path.exists():
+        raise common.Unreadable(f"no mask {path}")
+    with common.decoding():
+        mask = np.asarray(Image.open(path))
+    kind = (mask.dtype.kind, mask.dtype.itemsize, mask.ndim)
+    if kind == ("i", 4, 2) and mask.max() < 65536:
+        mask, kind = mask.astype(np.uint16), ("u", 2, 2)  # how some versions of Pillow read 16-bit grey
+    if kind not in (("u", 1, 2), ("u", 1, 3), ("u", 2, 2), ("b", 1, 2)):
+        raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
+    if mask.shape[1::-1] not in (photo.size, reduced(photo.size)):
+        raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {photo.size[0]} x {photo.size[1]}")
+    return mask.astype(np.uint8) if mask.dtype == bool else mask
+
+
+def open_masks(args, source, device):
+    """masks(photo) of --masks, made where they are missing."""
+    if re.fullmatch(r"grid\d+", args.masks):  # n x n squares (Figure 3); with one, S is SimCLR and B a contrastive BYOL
+        n = int(args.masks[4:])
+        squares = np.arange(n * n).astype(np.uint8).reshape(n, n)
+        return lambda photo: squares
+    if args.masks == "truth":
+        return lambda photo: source.segments[photo.index]
+    folder = args.masks
+    if args.masks == "fh":
+        folder = Path(args.out, "masks")
+        make_masks(folder, source, args.fh_scale, device)
+    elif not Path(folder).is_dir():
+        common.fail(f"--masks {folder}: no such folder")
+    return partial(read_mask, folder=folder, source=source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training (A.3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOURS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodgerblue", "green", "purple", "brown", "pink"]
+
+
+def save_views(path, model, batch, source, views, seed):
+    """views.png: both views of a few images, each beside its drawn masks, a mask in one colour in both."""
+    columns = []
+    for i in (1, 2):
+        x = (common.denormalised(model.photometric[i - 1](batch[f"x{i}"][:8])) * 255).byte().cpu()
+        again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the masks in full
+        drawn = []
+        for picture, index in zip(x, batch["index"][:8].tolist()):
+            item = again[0, index]
+            ids = torch.cat([item["ids1"], item["ids2"]]).unique().tolist()
+            mask_of = dict(zip(item[f"ids{i}"].tolist(), item[f"members{i}"]))            # those drawn twice, once
+            colours = [COLOURS[ids.index(k) % len(COLOURS)] for k in mask_of]
+            drawn.append(draw_segmentation_masks(picture, torch.stack([*mask_of.values()]), 0.6, colours))
+        columns += [x / 255, torch.stack(drawn) / 255]
+    common.save_views(path, *columns)
+
+
+def arguments():
+    parser = common.Parser(__doc__, PAPER, DEMO)
+    add = parser.own.add_argument
+    add("--variant", choices=["s", "b"], help="s: SimCLR's framework; b: BYOL's")
+    add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/masks where missing; N x N "
+        "squares; or a PNG for each image, in the same subfolders (demo: the drawn objects themselves)")
+    add("--fh-scale", type=common.number(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
+    add("--prepare", action="store_true", help="make the masks and stop")
+    add("--num-masks", type=common.number(int, 1), help="M, the masks of a view in a step")
+    add("--temperature", type=common.number(float, 1e-3), help="tau")
+    add("--momentum", type=common.number(float, 0, 1), help="of the target of b at the start (.99; .996 at 1000 epochs)")
+    add("--weight-decay", type=common.number(float, 0), help="of weights; 1.5e-6 with b at 1000 epochs")
+    add("--schedule", choices=["cosine", "steps"], help="steps: a tenth at 96 %% and 98 %%, as on COCO")
+    add("--hidden", type=common.number(int, 1), help="width of the hidden layer of the heads; 4096 with b")
+    add("--dim", type=common.number(int, 1), help="length of a latent; 256 with b")
+    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
+    args = parser.parse(lambda args: {**(B if args.variant == "b" else {}), **(
+        B_1000 if args.variant == "b" and (args.epochs or 0) >= 1000 else {})})
+    if args.masks == "truth" and args.data is not None:
+        common.fail("--masks truth is for the drawn shapes: take fh, gridN or a folder of masks")
+    if re.fullmatch(r"grid\d+", args.masks) and not 1 <= int(args.masks[4:]) <= 16:
+        common.fail(f"--masks {args.masks}: from grid1 to grid16, whose 256 squares are as many as labels may be")
+    if args.prepare and args.masks != "fh":
+        common.fail(f"--prepare has nothing to make: --masks {args.masks} needs nothing made")
+    if len(args.fh_scale) not in (1, 3):
+        common.fail("--fh-scale takes one scale or three, which lie in the channels of a PNG")
+    return args
+
+
+def main():
+    device = common.init_distributed()
+    args = arguments()
+    source, monitor = common.open_data(args, single=False)
+    common.seed_device(args.seed)
+    model = DetCon(args.arch, args.variant, args.size, args.temperature, args.hidden, args.dim)
+    model.to(device, memory_format=torch.channels_last)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = common.LARS(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    masks = open_masks(args, source, device)
+    if args.prepare:
+        return common.finish()
+    run = common.Run(args, source, "detcon", model, optimizer)
+    views = partial(two_views, masks=masks, size=args.size, num_masks=args.num_masks)
+    batches = run.batches(views, device)
+    ddp = common.parallel(model, device, args.compile)
+
+    if monitor and run.step == 0:
+        run.monitor(model.online.backbone, monitor, device)
+    for batch in batches:
+        if run.step == 0 and common.rank() == 0:
+            common.seed_device(args.seed, run.step, common.rank())
+            save_views(Path(args.out, "views.png"), model, batch, source, views, args.seed)
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
+                                  round(args.warmup * run.steps_per_epoch),
+                                  drops=(0.96, 0.98) if args.schedule == "steps" else None)
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            loss, stats = ddp(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step += 1
+        if args.variant == "b":
+            model.update(common.cosine(args.momentum, 1.0, run.step, run.total))
+        if run.step % args.print_every == 0:
+            run.log(loss, stats, lr)
+        if monitor and run.step % run.steps_per_epoch == 0:
+            run.monitor(model.online.backbone, monitor, device)
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    masks = args.batch_size // common.world_size() * args.num_masks
+    run.summary(loss=f"where nothing is learned {2 * np.log(2 * args.batch_size * args.num_masks):.0f}, less where masks are "
+                "drawn twice", accuracy=f"of finding a region among {masks} masks")
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()

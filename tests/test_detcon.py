@@ -1,0 +1,351 @@
+"""DetCon: the loss against a slow version, masks against painted pictures, the script as a user runs it."""
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import detcon
+from conftest import ROOT, in_processes, rows, run_script, weights, without_speed, write_pictures
+
+run = partial(run_script, detcon)
+
+
+# --- loss ---
+
+def latents(n=4, m=5, d=8, seed=0, masks=4):
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(n, m, d, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    return [*rows, *(torch.randint(0, masks, (n, m), generator=g) for _ in range(2))]
+
+
+def slow_loss(pred1, pred2, target1, target2, ids1, ids2, temperature):
+    """Equations 1 to 3 and the design's rules with loops and dictionaries, in both directions."""
+    n, m, _ = pred1.shape
+    unit = lambda v: v / v.norm()
+    total = 0
+    for pred, other, own, ids, other_ids in [(pred1, target2, target1, ids1, ids2), (pred2, target1, target2, ids2, ids1)]:
+        for image in range(n):
+            drawn = {}
+            for k in ids[image].tolist():
+                drawn[k] = drawn.get(k, 0) + 1
+            for i in range(m):
+                region = ids[image, i].item()
+                similarity = lambda v: unit(pred[image, i]) @ unit(v) / temperature
+                everything = [similarity(other[a, b]) for a in range(n) for b in range(m)]
+                everything += [similarity(own[a, b]) for a in range(n) for b in range(m)
+                               if (a, ids[a, b].item()) != (image, region)]
+                log_sum = torch.stack(everything).logsumexp(0)
+                positives = [similarity(other[image, b]) for b in range(m) if other_ids[image, b].item() == region]
+                if positives:
+                    losses = [log_sum - s for s in positives]
+                    total = total + sum(losses) / len(losses) / drawn[region] / (n * m)
+    return total
+
+
+@pytest.mark.parametrize("masks", [1, 2, 4, 40])
+def test_loss_and_gradients_equal_the_slow_version_with_loops_and_dictionaries(masks):
+    inputs = latents(masks=masks)
+    fast, slow = detcon.detcon_loss(*inputs, 0.1), slow_loss(*inputs, 0.1)
+    assert fast.item() == pytest.approx(float(slow), abs=1e-9)
+    if masks < 40:
+        for a, b in zip(torch.autograd.grad(fast, inputs[:4]), torch.autograd.grad(slow, inputs[:4])):
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)
+
+
+def test_loss_of_s_trains_through_predictions_and_targets_alike():
+    z1, z2, _, _, ids1, ids2 = latents()
+    fast, slow = detcon.detcon_loss(z1, z2, z1, z2, ids1, ids2, 0.1), slow_loss(z1, z2, z1, z2, ids1, ids2, 0.1)
+    for a, b in zip(torch.autograd.grad(fast, [z1, z2]), torch.autograd.grad(slow, [z1, z2])):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)
+
+
+def test_one_global_mask_is_simclrs_nt_xent():
+    z1, z2, *_ = latents(n=6, m=1)
+    ids = torch.zeros(6, 1, dtype=torch.long)
+    z = F.normalize(torch.cat([z1[:, 0], z2[:, 0]]), dim=1)
+    total = 0
+    for i in range(12):                                                # Chen et al. 2020, Eq. 1
+        scores = {j: math.exp((z[i] @ z[j]).item() / 0.1) for j in range(12) if j != i}
+        total -= math.log(scores[(i + 6) % 12] / sum(scores.values())) / 12
+    assert detcon.detcon_loss(z1, z2, z1, z2, ids, ids, 0.1).item() == pytest.approx(2 * total, rel=1e-6)  # both ways added
+
+
+def test_a_mask_that_the_other_view_lacks_has_no_loss_but_is_a_negative():
+    p1, p2, t1, t2, _, _ = latents(n=1, m=2)
+    ids1, ids2 = torch.tensor([[0, 1]]), torch.tensor([[0, 0]])
+    loss = detcon.detcon_loss(p1, p2, t1, t2, ids1, ids2, 0.1)
+    grads = torch.autograd.grad(loss, [p1, t1])
+    assert grads[0][0, 1].abs().sum() == 0 and grads[0][0, 0].abs().sum() > 0
+    assert grads[1][0, 1].abs().sum() > 0                              # a target among others
+
+
+def share_of_loss(variant):
+    """Loss and gradients of this process's share of latents made up for four images."""
+    inputs = latents()
+    share = 4 // common.world_size()
+    mine = [x.detach()[common.rank() * share:][:share].requires_grad_(x.is_floating_point()) for x in inputs]
+    p1, p2, t1, t2, ids1, ids2 = mine
+    t1, t2 = (p1, p2) if variant == "s" else (t1.detach(), t2.detach())
+    loss = detcon.detcon_loss(p1, p2, t1, t2, ids1, ids2, 0.1)
+    grads = torch.autograd.grad(loss, [p1, p2])
+    return loss.item(), [g.numpy() / common.world_size() for g in grads]
+
+
+@pytest.mark.parametrize("variant", ["s", "b"])
+def test_loss_of_two_processes_equals_that_of_one(variant):
+    loss, grads = share_of_loss(variant)
+    results = in_processes(2, share_of_loss, variant)
+    assert np.mean([r[0] for r in results]) == pytest.approx(loss, abs=1e-5)
+    for k in (0, 1):
+        together = np.concatenate([r[1][k] for r in results])
+        assert np.abs(together - grads[k]).max() < 1e-5
+
+
+# --- views and masks ---
+
+def test_grid_membership_is_the_share_of_each_cell_in_the_square():
+    photo = common.Photo(Image.new("RGB", (100, 60)), 0)
+    mask = detcon.cut(np.arange(4, dtype=np.uint8).reshape(2, 2), (0, 0, 100, 60), photo.size, 96)
+    ids, members = detcon.draw(mask, 40, np.random.default_rng(0))
+    assert sorted(set(ids.tolist())) == [0, 1, 2, 3]
+    cells = F.adaptive_avg_pool2d(torch.from_numpy(members).float(), 3)
+    want = {0: [[1, 0.5, 0], [0.5, 0.25, 0], [0, 0, 0]], 3: [[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]]}
+    for k, cell in want.items():
+        assert cells[ids.tolist().index(k)].tolist() == want[k]
+
+
+def test_masks_move_with_the_picture_through_crop_and_mirror_in_both_views():
+    rng, picture = np.random.default_rng(0), np.zeros((120, 200, 3), np.uint8)
+    labels = np.zeros((120, 200), np.uint8)
+    for k, (x1, y1, x2, y2) in enumerate([(0, 0, 90, 70), (100, 20, 180, 110), (10, 75, 80, 120)], start=1):
+        picture[y1:y2, x1:x2, k - 1], labels[y1:y2, x1:x2] = 255, k
+    photo = common.Photo(Image.fromarray(picture), 0)
+    mirrored = []
+    for _ in range(200):
+        batch = detcon.two_views(photo, rng, lambda photo: labels, 64, 16, keep=True)
+        for i in (1, 2):
+            x, ids, members = batch[f"x{i}"].float() / 255, batch[f"ids{i}"].tolist(), batch[f"members{i}"]
+            for k, member in zip(ids, members):
+                if k and 400 < member.sum() < 0.8 * 64 * 64:
+                    assert x[k - 1][member].mean() > 0.85              # the object's colour, but for the edge
+                    assert x[k - 1][~member].mean() < 0.15
+            cells = batch[f"masks{i}"]
+            assert cells.shape == (16, 2, 2) and cells.sum(dim=(1, 2)).min() > 0
+            torch.testing.assert_close(cells[0], F.avg_pool2d(members[:1].float(), 32)[0])
+            if 1 in ids and 2 in ids and x[0].max() > 0.99 and x[1].max() > 0.99:
+                centre = [members[ids.index(k)].nonzero().float().mean(dim=0)[1] for k in (1, 2)]
+                mirrored.append(bool(centre[0] > centre[1]))
+    assert len(mirrored) > 50 and np.mean(mirrored) == pytest.approx(0.5, abs=0.12)
+
+
+def test_16_masks_are_drawn_from_those_present_with_replacement_and_bits_may_overlap():
+    bits = np.zeros((40, 40), np.uint16)
+    bits[:20], bits[10:30, :30] = 1 << 3, bits[10:30, :30] | 1 << 15
+    bits[10:20, :30] = 1 << 3 | 1 << 15
+    ids, members = detcon.draw(bits, 200, np.random.default_rng(0))
+    assert set(ids.tolist()) == {3, 15} and 60 < (ids == 3).sum() < 140
+    assert members[ids.tolist().index(3)].sum() == 20 * 40 and members[ids.tolist().index(15)].sum() == 20 * 30
+    three = np.stack([np.full((4, 4), 7), np.full((4, 4), 7), np.eye(4) * 9], axis=2).astype(np.uint8)
+    ids, members = detcon.draw(three, 100, np.random.default_rng(0))
+    assert set(ids.tolist()) == {7, 256 + 7, 512, 512 + 9}
+    ids, members = detcon.draw(np.zeros((8, 8), np.uint16), 16, np.random.default_rng(0))
+    assert ids.tolist() == [-1] * 16 and members.all()                 # no mask at all: the view is one
+
+
+def test_colours_are_those_of_the_table_in_a_1():
+    s1, s2, b1, b2 = (detcon.photometric(v, i, 224) for v in "sb" for i in (1, 2))
+    assert s1.strength.tolist() == s2.strength.tolist() == pytest.approx([0.8, 0.8, 0.8, 0.2])
+    assert b1.strength.tolist() == b2.strength.tolist() == pytest.approx([0.4, 0.4, 0.2, 0.1])
+    assert [p.blur_p for p in (s1, s2, b1, b2)] == [1.0, 0.0, 1.0, 0.1]
+    assert [p.solarize_p for p in (s1, s2, b1, b2)] == [0, 0, 0, 0.2] and s1.sigma == (0.1, 2.0)
+
+
+def test_felzenszwalb_separates_two_areas_and_large_pictures_are_segmented_small():
+    picture = np.full((200, 300, 3), (200, 60, 40), np.uint8)
+    picture[:, 150:] = (40, 60, 200)
+    labels = detcon.felzenszwalb(common.Photo(Image.fromarray(picture), 0), [1000])
+    assert labels.shape == (200, 300) and len(np.unique(labels)) == 2
+    assert len(np.unique(labels[:, :145])) == len(np.unique(labels[:, 155:])) == 1
+    large = common.Photo(Image.fromarray(picture).resize((1500, 1000)), 0)
+    assert detcon.felzenszwalb(large, [500, 1000, 1500]).shape == (333, 500, 3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return common.ImageFolder(write_pictures(tmp_path / "data", 3))
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda path: None, "no mask"), (lambda path: path.write_bytes(b"torn"), "cannot identify"),
+    (lambda path: Image.new("L", (40, 39)).save(path), "is 40 x 39, its image 40 x 40"),
+    (lambda path: Image.new("I", (40, 40), 70000).save(path, "tiff"), "neither 8-bit"),
+    (lambda path: Image.new("F", (40, 40)).save(path, "tiff"), "neither 8-bit")])
+def test_a_mask_that_is_missing_or_wrong_is_named(folder, tmp_path, make, says):
+    path = detcon.mask_path(tmp_path / "masks", folder, 1)
+    path.parent.mkdir(parents=True)
+    make(path)
+    with pytest.raises(common.Unreadable, match=says):
+        detcon.read_mask(folder.photo(1), tmp_path / "masks", folder)
+
+
+def test_masks_come_back_as_they_were_written(folder, tmp_path):
+    path = detcon.mask_path(tmp_path / "masks", folder, 0)
+    path.parent.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for mask in [rng.integers(0, 256, (40, 40)).astype(np.uint8), rng.integers(0, 65536, (40, 40)).astype(np.uint16),
+                 rng.integers(0, 256, (40, 40, 3)).astype(np.uint8)]:
+        Image.fromarray(mask).save(path)
+        back = detcon.read_mask(folder.photo(0), tmp_path / "masks", folder)
+        assert back.dtype == mask.dtype and np.array_equal(back, mask)
+
+
+# --- model ---
+
+def tiny(variant="s", **settings):
+    common.seed_device(0)
+    return detcon.DetCon(**{**dict(arch="resnet18w0.125", variant=variant, size=64, hidden=24, dim=16), **settings})
+
+
+def a_batch(n=4, m=6, size=64):
+    g = torch.Generator().manual_seed(1)
+    batch = {f"x{i}": torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8) for i in (1, 2)}
+    batch |= {f"ids{i}": torch.randint(0, 4, (n, m), generator=g) for i in (1, 2)}
+    return batch | {f"masks{i}": torch.rand(n, m, size // 32, size // 32, generator=g) for i in (1, 2)}
+
+
+def plain(model):
+    model.photometric = nn.ModuleList(common.Photometric() for _ in range(2))
+    return model.eval()
+
+
+@pytest.mark.parametrize("variant", ["s", "b"])
+def test_model_pools_masks_and_contrasts_them_as_written_out_slowly(variant):
+    model, batch = plain(tiny(variant)), a_batch()
+    if variant == "b":
+        for p in model.target.parameters():
+            p.data += 0.05 * torch.randn(p.shape)
+
+    def encode(network, i):
+        c5 = network.backbone(model.photometric[0](batch[f"x{i}"]))[-1]
+        rows = []
+        for n in range(4):
+            for mask in batch[f"masks{i}"][n]:
+                h = sum(mask[a, b] * c5[n, :, a, b] for a in range(2) for b in range(2)) / mask.sum()
+                rows.append(network.projector(h[None])[0])
+        return torch.stack(rows).view(4, 6, -1)
+
+    z = [encode(model.online, i) for i in (1, 2)]
+    pred = [model.predictor(x.flatten(0, 1)).view_as(x) for x in z] if variant == "b" else z
+    target = [encode(model.target, i) for i in (1, 2)] if variant == "b" else z
+    loss, stats = model(batch)
+    assert loss.item() == pytest.approx(slow_loss(*pred, *target, batch["ids1"], batch["ids2"], 0.1).item(), rel=1e-4)
+    paired = [[any(a == b for b in batch["ids2"][n].tolist()) for a in batch["ids1"][n].tolist()] for n in range(4)]
+    assert stats["paired"].item() == pytest.approx(np.mean(paired))
+
+
+def test_accuracy_is_one_for_a_network_that_knows_and_zero_for_one_that_says_the_same_to_all():
+    model, ids = tiny(), torch.tensor([[0, 1, 1], [0, 2, 5]])
+    own = F.one_hot(ids + 8 * torch.arange(2)[:, None], 16).float()
+    assert model.stats(own, None, None, own, ids, ids)["accuracy"] == 1
+    assert model.stats(torch.ones(2, 3, 16), None, None, torch.ones(2, 3, 16), ids, ids)["accuracy"] == 0
+    assert model.stats(own, None, None, own.flip(0), ids, ids)["accuracy"] == 0
+
+
+@pytest.mark.parametrize("variant", ["s", "b"])
+def test_a_step_trains_the_online_network_and_b_s_target_follows_by_momentum_alone(variant):
+    model = tiny(variant)
+    before = [p.clone() for p in model.target.parameters()] if variant == "b" else []
+    optimizer = common.LARS([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    loss, _ = model(a_batch())
+    loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum()]
+    assert not [name for name in silent if not name.endswith("0.bias")]
+    optimizer.step()
+    model.update(0.9)
+    if variant == "b":
+        for old, t, o in zip(before, model.target.parameters(), model.online.parameters()):
+            torch.testing.assert_close(t, 0.9 * old + 0.1 * o.detach())
+    else:
+        assert not hasattr(model, "target") and not hasattr(model, "predictor")
+
+
+def test_resnet200_of_twice_the_width_trains_a_step():
+    model = tiny("b", arch="resnet200w2", size=32)
+    with torch.no_grad():
+        loss, _ = model(a_batch(n=2, m=2, size=32))
+    assert loss.isfinite() and model.online.backbone.channels == [512, 1024, 2048, 4096]
+
+
+# --- the script ---
+
+def arguments(data, out, *more):
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16", "--hidden",
+            "32", "--dim", "16", "--warmup", "1", "--workers", "0", "--print-every", "1", "--fh-scale", "50", *map(str, more)]
+
+
+@pytest.mark.parametrize("variant", ["s", "b"])
+def test_a_run_makes_its_masks_and_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch, variant):
+    plan = ["--epochs", 2, "--variant", variant]
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "whole", *plan)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 4)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan)) == 0
+    assert len(list((tmp_path / "whole" / "masks").rglob("*.png"))) == 96
+    log = rows(tmp_path / "whole")
+    assert without_speed(log) == without_speed(rows(tmp_path / "parts")) and len(log) == 12
+    assert {"loss", "accuracy", "positive", "paired"} <= set(log[0])
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+    with Image.open(tmp_path / "whole" / "views.png") as picture:
+        assert picture.width > 500 and picture.height > 2 * picture.width - 100
+
+
+def test_masks_made_before_are_not_made_again(pictures, tmp_path, monkeypatch):
+    plan = arguments(pictures, tmp_path, "--prepare")
+    assert run(monkeypatch, *plan) == 0
+    files = sorted((tmp_path / "masks").rglob("*.png"))
+    files[0].unlink()
+    Image.new("L", (40, 40), 77).save(files[1])
+    assert run(monkeypatch, *plan) == 0
+    assert files[0].exists() and np.asarray(Image.open(files[1])).min() == 77
+
+
+def test_two_processes_make_masks_and_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "detcon.py")]
+    plan = arguments(pictures, tmp_path, "--epochs", 2)
+    done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run(monkeypatch, *plan) == 0
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+@pytest.mark.parametrize("more", [["--masks", "grid1"], ["--masks", "grid5", "--variant", "b"], ["--schedule", "steps"],
+                                  ["--fh-scale", 20, 50, 80], ["--amp", "bf16", "--size", 48]])
+def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 3, *more)) == 0
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--masks", "grid17"], "grid1 to grid16"), (["--masks", "/no/such"], "no such folder"), (["--masks", "truth"], "drawn shapes"),
+    (["--masks", "grid5", "--prepare"], "nothing to make"), (["--fh-scale", "5", "6"], "one scale or three")])
+def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, capsys, more, says):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_folder_of_other_masks_ends_the_run(pictures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "masks").mkdir()
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "out", "--masks", tmp_path / "masks")) == 2
+    assert "no mask" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""COCO annotations as masks for detcon.py (the paper's Sec. 4.4 pre-trains on human masks).
+
+    python transfer/coco_masks.py instances_train2017.json train2017 masks
+    python detcon.py --data train2017 --masks masks
+
+For every image of the folder a 16-bit PNG with a mask a bit: the 16 largest objects, crowds left out.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+
+
+def decode(segmentation, size):
+    """A mask [H, W] bool of COCO's polygons (in an image of `size` = (width, height)) or run lengths, plain or packed."""
+    if isinstance(segmentation, list):
+        image = Image.new("1", size)
+        for polygon in segmentation:
+            ImageDraw.Draw(image).polygon(polygon, fill=1)
+        return np.asarray(image)
+    counts = segmentation["counts"]
+    counts = unpack(counts) if isinstance(counts, str) else counts
+    values = np.arange(len(counts)) % 2 == 1                                # runs of outside, inside, outside, ...
+    return np.repeat(values, counts).reshape(segmentation["size"], order="F")
+
+
+def unpack(text):
+    """COCO's packed run lengths: numbers of 5 bits a character, lowest first, each but the first three relative to the
+    one two before it."""
+    counts, place = [], 0
+    while place < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            byte = ord(text[place]) - 48
+            value |= (byte & 31) << shift
+            more, shift, place = byte & 32, shift + 5, place + 1
+        if byte & 16:                                                       # negative
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+    return counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", help="COCO instances, JSON")
+    parser.add_argument("images", help="the folder for detcon.py's --data")
+    parser.add_argument("masks", help="the folder to write to")
+    args = parser.parse_args()
+    try:
+        notes = json.loads(Path(args.annotations).read_text())
+        sizes = {image["file_name"]: (image["id"], (image["width"], image["height"])) for image in notes["images"]}
+        objects = {}
+        for note in notes["annotations"]:
+            if not note.get("iscrowd"):
+                objects.setdefault(note["image_id"], []).append((note["area"], note["segmentation"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        common.fail(f"{args.annotations} is no file of COCO instances ({error})")
+    source, empty = common.ImageFolder(args.images), 0
+    for i in range(len(source)):
+        name = source.name(i)
+        if name not in sizes:
+            common.fail(f"{args.annotations} does not know the image {name}")
+        number, size = sizes[name]
+        largest = sorted(objects.get(number, []), key=lambda pair: -pair[0])[:16]
+        bits = np.zeros(size[::-1], np.uint16)
+        for k, (_, segmentation) in enumerate(largest):
+            bits |= decode(segmentation, size).astype(np.uint16) << k
+        empty += not largest
+        path = Path(args.masks, name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(bits).save(path)
+    print(f"{len(source)} masks in {args.masks}; {empty} images have no object: each is one mask as a whole")
+
+
+if __name__ == "__main__":
+    main()
