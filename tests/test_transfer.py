@@ -1,0 +1,72 @@
+"""transfer/: COCO's annotations as masks."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import detcon
+from conftest import ROOT
+from transfer import coco_masks
+
+
+def packed(counts):
+    """COCO's packed run lengths, from the rule: 5 bits a character, lowest first; from the fourth on, less the one two before."""
+    text = ""
+    for k, count in enumerate(counts):
+        value, more = count - (counts[k - 2] if k > 2 else 0), True
+        while more:
+            low, value = value & 31, value >> 5
+            more = not (value == 0 and not low & 16 or value == -1 and low & 16)
+            text += chr(48 + (low | 32 if more else low))
+    return text
+
+
+def runs(mask):
+    flat = np.concatenate([[False], mask.flatten(order="F")])
+    return np.diff(np.concatenate([np.flatnonzero(np.diff(flat)), [len(flat) - 1]]), prepend=0).tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_run_lengths_plain_and_packed_give_the_mask_back(seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((37, 53)) < [0.5, 0.02, 0.98, 0.9, 0.1][seed]
+    counts = runs(mask)
+    for written in (counts, packed(counts)):
+        assert np.array_equal(coco_masks.decode({"size": [37, 53], "counts": written}, None), mask)
+
+
+def test_packed_run_lengths_are_read_as_pycocotools_writes_them():
+    mask = np.zeros((4, 5), bool)
+    mask[1:3, 1:4] = True
+    assert np.array_equal(coco_masks.decode({"size": [4, 5], "counts": "5220003"}, None), mask)  # its mask.encode of this
+
+
+def test_polygons_are_filled():
+    mask = coco_masks.decode([[10, 10, 30, 10, 30, 20, 10, 20]], (50, 40))
+    assert mask.shape == (40, 50) and mask[15, 20] and not mask[25, 20] and 180 < mask.sum() < 260
+
+
+def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for name in ("a/1.jpg", "2.jpg"):
+        Image.new("RGB", (30, 20)).save(tmp_path / "images" / name)
+    one, two = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+    one[2:5, 3:9], two[4:18, 5:25] = True, True
+    note = lambda mask, crowd=0: {"image_id": 7, "iscrowd": crowd, "area": int(mask.sum()), "segmentation": {"size": [20, 30], "counts": runs(mask)}}
+    notes = {"images": [{"id": 7, "file_name": "a/1.jpg", "width": 30, "height": 20}, {"id": 8, "file_name": "2.jpg", "width": 30, "height": 20}],
+             "annotations": [note(one), note(two), note(~two, crowd=1)]}
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    command = [sys.executable, str(ROOT / "transfer" / "coco_masks.py"), str(tmp_path / "notes.json"), str(tmp_path / "images"), str(tmp_path / "masks")]
+    assert "1 images have no object" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    source = common.ImageFolder(tmp_path / "images")
+    i = [source.name(k) for k in range(2)].index("a/1.jpg")
+    mask = detcon.read_mask(source.photo(i), tmp_path / "masks", source)
+    assert mask.dtype == np.uint16 and np.array_equal(mask & 1 > 0, two) and np.array_equal(mask >> 1 & 1 > 0, one) and mask.max() < 4
+    (tmp_path / "notes.json").write_text("{}")
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 2 and "no file of COCO instances" in failed.stderr and failed.stderr.count("\n") == 1
