@@ -10,7 +10,7 @@ batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and 
     python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
     python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps          as the paper does on COCO
 
-Writes last.pt, log.jsonl, views.png and masks/ to --out; the same command again goes on where it stopped. In last.pt's
+Writes last.pt, log.jsonl, views.png and fh-1000/ to --out; the same command again goes on where it stopped. In last.pt's
 `model`, `online.backbone.*` are torchvision's ResNet.
 """
 import copy
@@ -279,7 +279,7 @@ def open_masks(args, source, device):
         return lambda photo: source.segments[photo.index]
     folder = args.masks
     if args.masks == "fh":
-        folder = Path(args.out, "masks")
+        folder = Path(args.out, "fh-" + "-".join(map(str, args.fh_scale)))
         make_masks(folder, source, args.fh_scale, device)
     elif not Path(folder).is_dir():
         common.fail(f"--masks {folder}: no such folder")
@@ -314,7 +314,7 @@ def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--variant", choices=["s", "b"], help="s: SimCLR's framework; b: BYOL's")
-    add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/masks where missing; N x N "
+    add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/fh-1000 where missing; N x N "
         "squares; or a PNG for each image, in the same subfolders (demo: the drawn objects themselves)")
     add("--fh-scale", type=common.number(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
     add("--prepare", action="store_true", help="make the masks and stop")

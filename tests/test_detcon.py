@@ -300,7 +300,7 @@ def test_a_run_makes_its_masks_and_goes_on_where_it_stopped(pictures, tmp_path, 
     assert run(monkeypatch, *arguments(pictures, tmp_path / "whole", *plan)) == 0
     assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 4)) == 0
     assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan)) == 0
-    assert len(list((tmp_path / "whole" / "masks").rglob("*.png"))) == 96
+    assert len(list((tmp_path / "whole" / "fh-50").rglob("*.png"))) == 96
     log = rows(tmp_path / "whole")
     assert without_speed(log) == without_speed(rows(tmp_path / "parts")) and len(log) == 12
     assert {"loss", "accuracy", "positive", "paired"} <= set(log[0])
@@ -313,7 +313,7 @@ def test_a_run_makes_its_masks_and_goes_on_where_it_stopped(pictures, tmp_path, 
 def test_masks_made_before_are_not_made_again(pictures, tmp_path, monkeypatch):
     plan = arguments(pictures, tmp_path, "--prepare")
     assert run(monkeypatch, *plan) == 0
-    files = sorted((tmp_path / "masks").rglob("*.png"))
+    files = sorted((tmp_path / "fh-50").rglob("*.png"))
     files[0].unlink()
     Image.new("L", (40, 40), 77).save(files[1])
     assert run(monkeypatch, *plan) == 0
