@@ -485,6 +485,7 @@ class Photo:
         with decoding():
             if scale < 1:
                 self.image.draft(None, [math.ceil(side * scale) for side in self.image.size])
+            self.image.load()  # a torn file shows itself here
             image = to_rgb(self.image)
             return image if self.turn is None else image.transpose(self.turn)
 
@@ -824,11 +825,15 @@ ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_ever
 @contextmanager
 def whole(path):
     """A binary file to write to, which comes to stand at `path` whole or not at all."""
-    with open(f"{path}.tmp", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except BaseException:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise
 
 
 def save(path, **state):
@@ -995,6 +1000,8 @@ class Files(Dataset):
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole(path) as file:
                 self.write(self.tasks[i], file)
+        except Unreadable as error:
+            print(f"cannot decode {error}: no {path.name}", file=sys.stderr, flush=True)
         except OSError as error:
             return f"cannot write {path}: {error.strerror}"
         return ""
@@ -1003,8 +1010,8 @@ class Files(Dataset):
 def make_files(label, count, path, write, device):
     """Make the files path(0) ... path(count - 1) that are missing, on all cores of all processes, with an ETA.
 
-    write(k, file) writes one to a binary file. The processes meet every few seconds: none waits for another for longer
-    than their connection allows.
+    write(k, file) writes one to a binary file; what it finds Unreadable is named and left out. The processes meet every few
+    seconds, between files: none waits for another for longer than their connection allows.
     """
     total = lambda n: int(all_gather(torch.tensor([n], device=device)).sum())
     tasks = [k for k in range(count) if not path(k).exists()]
@@ -1089,7 +1096,7 @@ class Parser(argparse.ArgumentParser):
         add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
         add("--size", type=number(int, 32), help="side of a view in pixels, 32 or more: the network's stride")
         add("--epochs", type=count, help="passes over the data")
-        add("--batch-size", type=count, help="images a step, over all processes")
+        add("--batch-size", type=number(int, 2), help="images a step, over all processes")
         add("--lr", type=number(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
         add("--workers", type=number(int, 0),
             help="loader processes of each process (default: its cores, 16 at most; 0 without a GPU)")
@@ -1122,7 +1129,7 @@ class Parser(argparse.ArgumentParser):
             args.workers = min(16, cores()) if torch.cuda.is_available() else 0  # on a CPU the network needs the cores
         if args.amp is None:
             args.amp = "bf16" if torch.cuda.is_available() else "off"
-        if args.batch_size % world_size():
+        if args.batch_size % world_size() and not getattr(args, "prepare", False):
             fail(f"--batch-size {args.batch_size} does not divide over {world_size()} processes: "
                  f"take {math.ceil(args.batch_size / world_size()) * world_size()}")
         return args
@@ -1131,7 +1138,7 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from low to high."""
     def parse(text):
-        if not low <= kind(text) <= high:  # nan is in no range
+        if not low <= kind(text) <= high or kind(text) == math.inf:  # nan is in no range
             raise argparse.ArgumentTypeError(f"{text} must be " + (f"at least {low}" if high == math.inf
                                                                    else f"from {low} to {high:g}"))
         return kind(text)

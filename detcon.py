@@ -10,12 +10,12 @@ batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and 
     python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
     python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps          as the paper does on COCO
 
-Writes last.pt, log.jsonl, views.png and fh-1000/ to --out; the same command again goes on where it stopped. In last.pt's
+Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; the same command again goes on where it stopped. In last.pt's
 `model`, `online.backbone.*` are torchvision's ResNet.
 """
 import copy
 import re
-import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +33,11 @@ PAPER = dict(  # S on ImageNet; lr is for batch_size: 0.3 per 256
     fh_scale=[1000], num_masks=16, temperature=0.1, weight_decay=1e-6, schedule="cosine", hidden=2048, dim=128)
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
+GRID1 = dict(num_masks=1)  # one global mask is SimCLR (S) or a contrastive BYOL (B); more draws of it change nothing
 B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
 
 DEMO = dict(
-    arch="resnet18w0.25", size=64, epochs=4, batch_size=64, lr=16.0, warmup=0.5, print_every=32, masks="truth")
+    arch="resnet18w0.25", size=48, epochs=4, batch_size=64, lr=64.0, warmup=0.5, print_every=32, masks="truth")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,9 +51,9 @@ def two_views(photo, rng, masks, size, num_masks, keep=False):
     x2, uint8 [3, size, size]; ids1 and ids2 [M], which mask of the image each is; masks1 and masks2 [M, S/32, S/32], the
     share of each cell of c5 that is in the mask. `keep`: also members1 and members2, bool [M, size, size], to look at.
     """
-    batch, mask_of_image = {}, masks(photo)
     crops = [common.random_crop(photo.size, (0.08, 1.0), rng) for _ in range(2)]
-    for i, (crop, x) in enumerate(zip(crops, photo.cut(crops, [size] * 2, Image.Resampling.BICUBIC)), start=1):
+    views, mask_of_image, batch = photo.cut(crops, [size] * 2, Image.Resampling.BICUBIC), masks(photo), {}
+    for i, (crop, x) in enumerate(zip(crops, views), start=1):
         mask = cut(mask_of_image, crop, photo.size, size)
         if rng.random() < 0.5:
             x, mask = ImageOps.mirror(x), mask[:, ::-1]
@@ -123,7 +124,8 @@ class Encoder(nn.Module):
 
 
 def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature):
-    """Contrastive detection (Eq. 1 to 3), both ways: the mean over images and masks, in nats.
+    """Contrastive detection (Eq. 1 to 3), both ways added, in nats: the sum over an image's distinct paired regions, divided by
+    the M draws; the mean over images.
 
     pred1, pred2, target1, target2: [N, M, D], of this process's N images, not normalised; ids1, ids2: [N, M], equal where
     two draws are of one region. Each process's rows meet the targets of all processes: [N*M, 2 * world*N*M] similarities,
@@ -137,7 +139,10 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature):
 
 
 def one_way(pred, other, own, ids, other_ids):
-    """Eq. 3 from one view [N, M, D] to the targets of the `other` and of its `own` view, [world*N, M, D]."""
+    """Eq. 3 from one view [N, M, D] to the targets of the `other` and of its `own` view, [world*N, M, D].
+
+    All targets of the other view stand in Eq. 1's denominator, all positives too, and the own view's but the same region's.
+    """
     n, m, _ = pred.shape
     image = torch.arange(n, device=pred.device)
     mine = common.rank() * n + image                                                      # among all images
@@ -149,8 +154,8 @@ def one_way(pred, other, own, ids, other_ids):
     paired = (ids[:, :, None] == other_ids[:, None]).float()                              # the indicator of Eq. 3
     count = paired.sum(dim=2)
     positive = (across[image, :, mine] * paired).sum(dim=2) / count.clamp(min=1)
-    loss = (all_targets - positive) / same.sum(dim=2)                                     # Eq. 1, by draws of the region
-    return (loss * (count > 0)).mean()                                                    # Eq. 3
+    loss = all_targets - positive                                                         # Eq. 1, 2: mean over positives
+    return (loss * (count > 0) / same.sum(dim=2)).mean()                                  # Eq. 3, a region drawn twice once
 
 
 class DetCon(nn.Module):
@@ -206,7 +211,7 @@ class DetCon(nn.Module):
 def felzenszwalb(photo, scales):
     """Felzenszwalb-Huttenlocher segments, minimum size = scale -> uint8 [H, W], or [H, W, number of scales].
 
-    H x W is the image's size; where its longer side has more than 500 pixels, the longest of ImageNet's, that of the image
+    H x W is the image's size; where its longer side has more than 500 pixels, the usual one of ImageNet's, that of the image
     made that small: the scales are meant for such images.
     """
     import cv2
@@ -237,12 +242,7 @@ def make_masks(folder, source, scales, device):
                     "OpenCV beside it); --masks grid5 needs none")
 
     def write(k, file):
-        try:
-            labels = felzenszwalb(source.photo(k), scales)
-        except common.Unreadable as error:
-            print(f"cannot decode {source.name(k)} ({error}): no masks", file=sys.stderr, flush=True)
-            labels = np.zeros((1, 1), np.uint8)
-        Image.fromarray(labels).save(file, "png")
+        Image.fromarray(felzenszwalb(source.photo(k), scales)).save(file, "png")
 
     common.make_files(f"masks of {len(source)} images", len(source), lambda k: mask_path(folder, source, k), write, device)
 
@@ -259,10 +259,9 @@ def read_mask(photo, folder, source):
         raise common.Unreadable(f"no mask {path}")
     with common.decoding():
         mask = np.asarray(Image.open(path))
-    kind = (mask.dtype.kind, mask.dtype.itemsize, mask.ndim)
-    if kind == ("i", 4, 2) and mask.max() < 65536:
-        mask, kind = mask.astype(np.uint16), ("u", 2, 2)  # how some versions of Pillow read 16-bit grey
-    if kind not in (("u", 1, 2), ("u", 1, 3), ("u", 2, 2), ("b", 1, 2)):
+    if mask.dtype == np.int32 and mask.max() < 65536:
+        mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit grey
+    if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):
         raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
     if mask.shape[1::-1] not in (photo.size, reduced(photo.size)):
         raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {photo.size[0]} x {photo.size[1]}")
@@ -271,12 +270,15 @@ def read_mask(photo, folder, source):
 
 def open_masks(args, source, device):
     """masks(photo) of --masks, made where they are missing."""
-    if re.fullmatch(r"grid\d+", args.masks):  # n x n squares (Figure 3); with one, S is SimCLR and B a contrastive BYOL
+    if re.fullmatch(r"grid\d+", args.masks):  # n x n squares (Figure 3)
         n = int(args.masks[4:])
         squares = np.arange(n * n).astype(np.uint8).reshape(n, n)
         return lambda photo: squares
     if args.masks == "truth":
         return lambda photo: source.segments[photo.index]
+    stem, count = Counter(source.name(i).rpartition(".")[0] for i in range(len(source))).most_common(1)[0]
+    if count > 1:
+        common.fail(f"{count} images are named {stem}, but for the ending, and would share a mask: rename them")
     folder = args.masks
     if args.masks == "fh":
         folder = Path(args.out, "fh-" + "-".join(map(str, args.fh_scale)))
@@ -297,7 +299,7 @@ def save_views(path, model, batch, source, views, seed):
     """views.png: both views of a few images, each beside its drawn masks, a mask in one colour in both."""
     columns = []
     for i in (1, 2):
-        x = (common.denormalised(model.photometric[i - 1](batch[f"x{i}"][:8])) * 255).byte().cpu()
+        x = (common.denormalised(model.photometric[i - 1](batch[f"x{i}"])[:8]) * 255).byte().cpu()
         again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the masks in full
         drawn = []
         for picture, index in zip(x, batch["index"][:8].tolist()):
@@ -326,8 +328,8 @@ def arguments():
     add("--hidden", type=common.number(int, 1), help="width of the hidden layer of the heads; 4096 with b")
     add("--dim", type=common.number(int, 1), help="length of a latent; 256 with b")
     add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
-    args = parser.parse(lambda args: {**(B if args.variant == "b" else {}), **(
-        B_1000 if args.variant == "b" and (args.epochs or 0) >= 1000 else {})})
+    args = parser.parse(lambda args: {**(GRID1 if args.masks == "grid1" else {}), **(B if args.variant == "b" else {}),
+                                      **(B_1000 if args.variant == "b" and (args.epochs or 0) >= 1000 else {})})
     if args.masks == "truth" and args.data is not None:
         common.fail("--masks truth is for the drawn shapes: take fh, gridN or a folder of masks")
     if re.fullmatch(r"grid\d+", args.masks) and not 1 <= int(args.masks[4:]) <= 16:
@@ -348,11 +350,11 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = common.LARS(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    masks = open_masks(args, source, device)
     if args.prepare:
+        open_masks(args, source, device)
         return common.finish()
     run = common.Run(args, source, "detcon", model, optimizer)
-    views = partial(two_views, masks=masks, size=args.size, num_masks=args.num_masks)
+    views = partial(two_views, masks=open_masks(args, source, device), size=args.size, num_masks=args.num_masks)
     batches = run.batches(views, device)
     ddp = common.parallel(model, device, args.compile)
 
@@ -382,8 +384,7 @@ def main():
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
     masks = args.batch_size // common.world_size() * args.num_masks
-    run.summary(loss=f"where nothing is learned {2 * np.log(2 * args.batch_size * args.num_masks):.0f}, less where masks are "
-                "drawn twice", accuracy=f"of finding a region among {masks} masks")
+    run.summary(accuracy=f"share of regions found again among {masks} masks", positive="their similarity")
     common.finish()
 
 

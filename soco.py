@@ -10,10 +10,11 @@ feature pyramid and box head are all pre-trained.
     python soco.py --data DIR --detector c4                     for detectors without FPN
     python soco.py --data DIR --views 4                         SoCo*, with a fourth view
 
-Writes last.pt, log.jsonl, views.png and proposals.npz to --out; the same command again goes on where it stopped. In
-last.pt's `model`, `online.backbone.*`, `online.fpn.*` and `online.head.*` are torchvision's ResNet,
-FeaturePyramidNetwork and FastRCNNConvFCHead.
+Writes last.pt, log.jsonl, views.png and, made by selective search, proposals.npz to --out; the same command again goes on
+where it stopped. In last.pt's `model`, `online.backbone.*`, and with FPN `online.fpn.*` and `online.head.*`, are
+torchvision's ResNet, FeaturePyramidNetwork and FastRCNNConvFCHead.
 """
+import contextlib
 import copy
 import os
 import shutil
@@ -22,6 +23,7 @@ import sys
 import zipfile
 import zlib
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +41,12 @@ PAPER = dict(  # on ImageNet; lr is for batch_size: 1.0 per 256
     arch="resnet50", size=224, epochs=100, batch_size=2048, lr=8.0, warmup=10, print_every=50, detector="fpn", views=3,
     num_proposals=4, jitter=0.5, momentum=0.99, hidden=4096, dim=256)
 
-C4 = dict(views=2)                        # Sec. 3.3: V3 is discarded
-WHOLE = dict(num_proposals=1, jitter=0)   # Table 4, first row: the image is the one object
+C4 = dict(views=2)  # Sec. 3.3: V3 is discarded
+WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, first row: the image is the one object
 
 DEMO = dict(
     arch="resnet18w0.25", size=48, epochs=4, batch_size=64, lr=32.0, warmup=1, print_every=32, proposals="truth",
-    num_proposals=3, hidden=512)
+    num_proposals=3, hidden=512)  # lr 32 at 2048 is 1.0 at 64: the paper's 0.25 is slow in 500 steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +108,8 @@ def mirrored(boxes, size):
 
 
 def photometric(view, size):
-    """BYOL's colours: its first view's for V1, its second view's for the others; blur in proportion to the size."""
+    """BYOL's colours: its first view's for V1, its second's for the others; blur's sigma is 0.1 to 2 pixels where V1 has
+    `size` 224."""
     blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
     return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
                               sigma=(0.1 * size / 224, 2.0 * size / 224))
@@ -198,7 +201,7 @@ class SoCo(nn.Module):
             forth, back = cosine(v_online[0], v_target[i]), cosine(v_online[i], v_target[0])
             loss = loss - 2 * forth - 2 * back                                            # Eq. 5, and symmetrized
             stats[f"cosine{i + 1}"] = (forth + back).detach() / 2
-        return loss, {**stats, "std": v_target[0].std(dim=0).mean()}
+        return loss, {**stats, "std": v_target[0].std(dim=0, correction=0).mean()}        # near 0: collapsed
 
     @torch.no_grad()
     def update(self, momentum):
@@ -212,8 +215,8 @@ class SoCo(nn.Module):
 def selective_search(photo):
     """Selective search with the paper's scale 500, sigma 0.9 and min_size 10 -> [n, 4] xyxy pixels of the image.
 
-    In HSV, as its authors' single strategy. An image whose longer side has more than 500 pixels is searched at 500, which
-    is what ImageNet's have: more pixels are not more objects.
+    In HSV, with one strategy, where the paper is silent. An image whose longer side has more than 500 pixels is searched
+    at 500, which is what ImageNet's have: more pixels are not more objects.
     """
     import cv2
     from cv2.ximgproc import segmentation as cv
@@ -247,7 +250,8 @@ def keep_objects(boxes, size):
 
 
 def random_boxes(size, n, rng):
-    """n boxes drawn anywhere in an image of (width, height), of sizes that `keep_objects` keeps (Table 5c)."""
+    """n boxes drawn anywhere in an image of (width, height), of sizes that `keep_objects` keeps (Table 5c); in an image
+    more than three times as long as wide, of those that fit."""
     width, height = size
     side = rng.uniform(0.3, 0.8, n) * np.sqrt(width * height)
     low, high = (np.clip(bound, (side / height) ** 2, (width / side) ** 2) for bound in (1 / 3, 3))  # it must fit in
@@ -277,8 +281,14 @@ def make_proposals(path, source, device):
 
     common.make_files(f"proposals of {len(source)} images", len(parts), parts.__getitem__, write, device)
     if common.rank() == 0:
-        made = [np.load(part) for part in parts]
-        save_proposals(path, source, [part["boxes"] for part in made], np.concatenate([part["counts"] for part in made]))
+        boxes = []
+        for part in parts:
+            with np.load(part) as made:
+                boxes += np.split(made["boxes"], np.cumsum(made["counts"])[:-1])
+        try:
+            save_proposals(path, source, boxes)
+        except OSError as error:
+            common.fail(f"cannot write {path}: {error.strerror}")
         shutil.rmtree(folder)
     common.barrier()
 
@@ -293,35 +303,38 @@ def objects(source, i):
         return np.zeros((0, 4), np.float32)
 
 
-def save_proposals(path, source, boxes, counts):
-    """Write a proposals file. boxes: a list of [n, 4] arrays, xyxy in pixels of the upright images, those of image 0
-    first; counts: how many of them each image of `source`, a `common.ImageFolder`, has.
+def save_proposals(path, source, boxes):
+    """Write a proposals file: boxes, a list of [n, 4] xyxy in pixels of the upright image, for every image of `source`.
 
     The file is an uncompressed .npz of `boxes` [M, 4]; `offsets` [N + 1], the boxes of image i being rows offsets[i] to
     offsets[i + 1]; and `names` uint8, the path of each image below the folder, ended by a zero byte.
     """
     with common.whole(path) as file:
-        np.savez(file, boxes=np.concatenate(boxes), offsets=np.cumsum([0, *counts]), names=source.names)
+        np.savez(file, boxes=np.concatenate([np.reshape(b, (-1, 4)) for b in boxes]),
+                 offsets=np.cumsum([0, *map(len, boxes)]), names=source.names)
 
 
 def read_proposals(path, source):
     """The Proposals of a file that `save_proposals` describes; exits with 2 where it is none, or of other images."""
     try:
-        boxes, arrays = mapped(path, "boxes"), np.load(path)
-        offsets, names = arrays["offsets"], arrays["names"]
-        sound = (boxes.shape[1:] == (4,) and offsets.ndim == 1 and offsets[0] == 0 and offsets[-1] == len(boxes)
-                 and np.diff(offsets).min() >= 0 and np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all())
-    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error, zipfile.BadZipFile) as error:
-        common.fail(f"--proposals {path} cannot be read ({' '.join(str(error).split())}): remove it to have it made anew")
+        with np.load(path) as arrays:
+            offsets, names = arrays["offsets"], arrays["names"].tobytes().decode(errors="replace").split("\0")
+        boxes = mapped(path, "boxes")
+        sound = (boxes.shape[1:] == (4,) and boxes.dtype.kind in "iuf" and offsets.ndim == 1 and offsets.dtype.kind in "iu"
+                 and offsets[0] == 0 and offsets[-1] == len(boxes) and (offsets[1:] >= offsets[:-1]).all()
+                 and np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all())
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError, struct.error,
+            zipfile.BadZipFile) as error:
+        common.fail(f"--proposals {path} is no uncompressed .npz of boxes, offsets and names ({' '.join(str(error).split())})")
     if not sound:
-        common.fail(f"--proposals {path} is not sound: `boxes` must be finite, [M, 4], with x1 < x2 and y1 < y2, and "
-                    "`offsets` rise from 0 to M")
+        common.fail(f"--proposals {path} is not sound: `boxes` must be real numbers, [M, 4], with x1 < x2 and y1 < y2, and "
+                    "`offsets` whole numbers that rise from 0 to M")
     if len(offsets) != len(source) + 1:
         common.fail(f"--proposals {path} has boxes of {len(offsets) - 1} images, but --data has {len(source)}")
-    if not np.array_equal(names, source.names):
-        theirs = names.tobytes().decode(errors="replace").split("\0")
-        i, name = next((i, name) for i, name in enumerate(theirs) if i == len(source) or name != source.name(i))
-        common.fail(f"--proposals {path} is of other images: number {i} is {name}, but {source.name(i)} in --data")
+    here = source.names.tobytes().decode(errors="replace").split("\0")
+    if names != here:
+        i = next(i for i, pair in enumerate(zip_longest(names, here)) if pair[0] != pair[1])
+        common.fail(f"--proposals {path} is of other images: number {i} is {names[i:i + 1]} there, {here[i:i + 1]} in --data")
     return Proposals(boxes, offsets)
 
 
@@ -345,19 +358,21 @@ class Proposals:
         return np.asarray(self.boxes[self.offsets[photo.index]:self.offsets[photo.index + 1]], float)
 
     def __str__(self):
-        return f"{len(self.boxes)} boxes, checksum {zlib.crc32(np.ascontiguousarray(self.boxes)):08x}"
+        checksum = zlib.crc32(self.offsets.astype(np.int64), zlib.crc32(np.ascontiguousarray(self.boxes)))
+        return f"{len(self.boxes)} boxes, checksum {checksum:08x}"
 
 
 def open_proposals(args, source, device):
     """(proposals(photo, rng), what they are): from the file --proposals, made where it is missing, or drawn."""
     if args.proposals == "random":
-        return lambda photo, rng: random_boxes(photo.size, 100, rng), "random"
+        return lambda photo, rng: random_boxes(photo.size, 100, rng), "random"  # so many that some are inside V2
     if args.proposals == "whole":
         return lambda photo, rng: np.array([[0, 0, *photo.size]], float), "whole"
     if args.proposals == "truth":
         proposals = Proposals(np.concatenate(source.boxes), np.cumsum([0, *map(len, source.boxes)]))
     else:
-        if not Path(args.proposals).exists():
+        there = torch.tensor([Path(args.proposals).exists()], device=device)
+        if not common.all_gather(there).all():
             make_proposals(args.proposals, source, device)
         proposals = read_proposals(args.proposals, source)
     return proposals, str(proposals)
@@ -371,7 +386,7 @@ COLOURS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodge
 
 
 def annotated(picture, boxes, labels, side):
-    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], one colour each, enlarged so that one of `side` has 256."""
+    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], one colour each, enlarged as one of `side` is to 256 or less."""
     factor = max(1, 256 // side)
     picture = F.interpolate(picture[None], scale_factor=factor)[0]
     picture = draw_bounding_boxes(picture, boxes * factor, labels, [COLOURS[k % 8] for k in range(len(boxes))], width=2)
@@ -382,7 +397,7 @@ def save_views(path, model, batch):
     """views.png: the views of a few images side by side, each in its size; a proposal has one colour, and its level."""
     columns, size = [], model.online.size
     for i, colours in enumerate(model.photometric, start=1):
-        views, boxes = common.denormalised(colours(batch[f"view{i}"][:8])).cpu(), batch[f"boxes{i}"][:8].cpu()
+        views, boxes = common.denormalised(colours(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
         labels = [[f"P{2 + level}" for level in row] for row in assign_levels(boxes, size)]
         labels = labels if model.online.detector == "fpn" else [None] * len(boxes)
         columns.append(torch.stack([annotated(*row, size) for row in zip(views, boxes, labels)]))
@@ -390,15 +405,17 @@ def save_views(path, model, batch):
 
 
 def save_figure_2(path, source, proposals):
-    """Ten proposals, drawn at random, of each of eight images."""
+    """Ten proposals, drawn at random, of each of eight images, made square."""
     rng, pictures = np.random.default_rng(0), []
     for i in rng.permutation(len(source))[:8]:
-        photo = source.photo(i)
-        image = np.array([0, 0, *photo.size], float)
-        boxes = rng.permutation(to_view(proposals(photo, rng), image, 256))[:10]
-        picture = common.to_tensor(photo.cut([image], [256])[0]) / 255
-        pictures.append(annotated(picture, torch.from_numpy(boxes), None, 256))
-    common.save_views(path, *torch.stack(pictures).chunk(4))
+        with contextlib.suppress(common.Unreadable):
+            photo = source.photo(i)
+            image = np.array([0, 0, *photo.size], float)
+            boxes = rng.permutation(to_view(proposals(photo, rng), image, 256))[:10]
+            picture = common.to_tensor(photo.cut([image], [256])[0]) / 255
+            pictures.append(annotated(picture, torch.from_numpy(boxes), None, 256)[None])
+    if pictures:
+        common.save_views(path, *pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,8 +426,8 @@ def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--proposals", metavar="FILE.npz|random|whole",
-        help="a file of boxes, made where it is missing; or boxes drawn at random (Table 5c); or the whole image (Table "
-             "4) (default: OUT/proposals.npz; demo: the drawn objects' true boxes)")
+        help="a file of boxes, made where it is missing; boxes drawn at random (Table 5c); or the whole image (Table 4, "
+             "with --detector c4) (default: OUT/proposals.npz; demo: the drawn objects' true boxes)")
     add("--prepare", action="store_true", help="make the proposals and a picture of some, and stop")
     add("--detector", choices=["fpn", "c4"], help="the detector to pre-train")
     add("--views", type=int, choices=[2, 3, 4], help="3: V1, V2, V3; 4: SoCo*; 2: no V3, as with --detector c4")
@@ -421,14 +438,16 @@ def arguments():
     add("--hidden", type=common.number(int, 1), help="width of the hidden layer of projector and predictor")
     add("--dim", type=common.number(int, 1), help="length of an embedding")
     add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
-    args = parser.parse(lambda args: {**(C4 if args.detector == "c4" else {}),
-                                      **(WHOLE if args.proposals == "whole" else {})})
+    args = parser.parse(lambda args: {**(WHOLE if args.proposals == "whole" else {}),
+                                      **(C4 if args.detector == "c4" else {})})
     args.proposals = args.proposals or str(Path(args.out, "proposals.npz"))
     args.small_size = args.small_size or args.size // 2
     if args.detector == "c4" and args.views > 2:
         common.fail("--detector c4 has the views V1 and V2 alone: leave --views out")
     if args.proposals == "truth" and args.data is not None:
         common.fail("--proposals truth is for the drawn shapes: images of your own have no boxes yet")
+    if args.proposals not in ("truth", "random", "whole") and not args.proposals.endswith(".npz"):
+        common.fail(f"--proposals {args.proposals}: take a file that ends in .npz, random or whole")
     if args.prepare and args.proposals in ("truth", "random", "whole"):
         common.fail(f"--prepare has nothing to make: --proposals {args.proposals} needs no file")
     return args

@@ -57,7 +57,7 @@ def slow_loss(pred1, pred2, target1, target2, ids1, ids2, temperature):
 def test_loss_and_gradients_equal_the_slow_version_with_loops_and_dictionaries(masks):
     inputs = latents(masks=masks)
     fast, slow = detcon.detcon_loss(*inputs, 0.1), slow_loss(*inputs, 0.1)
-    assert fast.item() == pytest.approx(float(slow), abs=1e-9)
+    assert fast.item() == pytest.approx(slow.detach().item() if torch.is_tensor(slow) else slow, abs=1e-9)
     if masks < 40:
         for a, b in zip(torch.autograd.grad(fast, inputs[:4]), torch.autograd.grad(slow, inputs[:4])):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)
@@ -190,7 +190,8 @@ def folder(tmp_path):
     (lambda path: None, "no mask"), (lambda path: path.write_bytes(b"torn"), "cannot identify"),
     (lambda path: Image.new("L", (40, 39)).save(path), "is 40 x 39, its image 40 x 40"),
     (lambda path: Image.new("I", (40, 40), 70000).save(path, "tiff"), "neither 8-bit"),
-    (lambda path: Image.new("F", (40, 40)).save(path, "tiff"), "neither 8-bit")])
+    (lambda path: Image.new("F", (40, 40)).save(path, "tiff"), "neither 8-bit"),
+    (lambda path: Image.new("RGBA", (40, 40)).save(path), "neither 8-bit"), (lambda path: Image.new("LA", (40, 40)).save(path), "neither 8-bit")])
 def test_a_mask_that_is_missing_or_wrong_is_named(folder, tmp_path, make, says):
     path = detcon.mask_path(tmp_path / "masks", folder, 1)
     path.parent.mkdir(parents=True)
@@ -281,10 +282,15 @@ def test_a_step_trains_the_online_network_and_b_s_target_follows_by_momentum_alo
 
 
 def test_resnet200_of_twice_the_width_trains_a_step():
-    model = tiny("b", arch="resnet200w2", size=32)
-    with torch.no_grad():
-        loss, _ = model(a_batch(n=2, m=2, size=32))
-    assert loss.isfinite() and model.online.backbone.channels == [512, 1024, 2048, 4096]
+    model = tiny("s", arch="resnet200w2", size=32)
+    optimizer = common.LARS(model.parameters(), lr=0.1)
+    before = model.online.backbone.conv1.weight.clone()
+    loss, _ = model(a_batch(n=2, m=2, size=32))
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite() and not torch.equal(before, model.online.backbone.conv1.weight)
+    assert model.online.backbone.channels == [512, 1024, 2048, 4096]
+    assert 240e6 < sum(p.numel() for p in model.online.backbone.parameters()) < 260e6     # Table 3: 250 million
 
 
 # --- the script ---
@@ -343,6 +349,35 @@ def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, c
     assert run(monkeypatch, *arguments(pictures, tmp_path, *more)) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_a_torn_jpeg_is_named_and_the_masks_of_the_others_are_made(tmp_path, monkeypatch, capfd):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (200, 200, 3)).astype(np.uint8)).save(tmp_path / "data" / f"{i}.jpg")
+    torn = (tmp_path / "data" / "2.jpg").read_bytes()
+    (tmp_path / "data" / "2.jpg").write_bytes(torn[:len(torn) // 2])
+    assert run(monkeypatch, *arguments(tmp_path / "data", tmp_path / "out", "--prepare")) == 0
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["0.png", "1.png", "3.png", "fh-50"]
+    assert "truncated" in capfd.readouterr().err
+
+
+def test_two_images_that_would_share_a_mask_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    for name in ("a.jpg", "a.png", "b.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "data" / name)
+    assert run(monkeypatch, *arguments(tmp_path / "data", tmp_path / "out", "--prepare")) == 2
+    assert "2 images are named a" in capsys.readouterr().err
+
+
+def test_settings_follow_the_variant_as_the_appendix_has_them(pictures, tmp_path, monkeypatch):
+    settings = lambda *more: (monkeypatch.setattr(sys, "argv", ["detcon.py", "--data", str(pictures), *more]), detcon.arguments())[1]
+    s, b, long = settings(), settings("--variant", "b"), settings("--variant", "b", "--epochs", "1000")
+    assert (s.lr, s.weight_decay, s.hidden, s.dim, s.num_masks) == (4.8, 1e-6, 2048, 128, 16)
+    assert (b.lr, b.weight_decay, b.hidden, b.dim, b.momentum) == (4.8, 1e-6, 4096, 256, 0.99)
+    assert (long.lr, long.weight_decay, long.momentum) == (3.2, 1.5e-6, 0.996)
+    assert settings("--masks", "grid1").num_masks == 1 and settings("--masks", "grid2").num_masks == 16
 
 
 def test_a_folder_of_other_masks_ends_the_run(pictures, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 import itertools
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -390,7 +391,7 @@ BOXES = [np.array([[1, 2, 30, 40]]), np.zeros((0, 4)), np.array([[0, 0, 9, 9], [
 
 
 def test_proposals_of_any_origin_come_back_image_by_image_from_memory_that_processes_share(folder, tmp_path):
-    soco.save_proposals(tmp_path / "own.npz", folder, BOXES, [len(b) for b in BOXES])
+    soco.save_proposals(tmp_path / "own.npz", folder, [*BOXES[:4], []])
     proposals = soco.read_proposals(tmp_path / "own.npz", folder)
     assert isinstance(proposals.boxes, np.memmap)
     for i in range(5):
@@ -404,11 +405,17 @@ def test_a_bad_proposals_file_is_refused_in_one_line_that_says_what_is_wrong(fol
     Path(tmp_path / "other", folder.name(3)).rename(tmp_path / "other" / "new.png")
     renamed = common.ImageFolder(tmp_path / "other").names
     cases = [
-        ("cannot be read", lambda: path.write_bytes(b"PK\3\4 no archive")),
-        ("cannot be read", lambda: path.write_bytes(b"")),
-        ("cannot be read", lambda: np.savez(path, boxes=good["boxes"])),
-        ("cannot be read", lambda: np.savez_compressed(path, **good)),
-        ("boxes of 4 images, but --data has 5", lambda: soco.save_proposals(path, folder, BOXES[:4], [len(b) for b in BOXES[:4]])),
+        ("no uncompressed .npz", lambda: path.write_bytes(b"PK\3\4 no archive")),
+        ("no uncompressed .npz", lambda: path.write_bytes(b"")),
+        ("no uncompressed .npz", lambda: np.savez(path, boxes=good["boxes"])),
+        ("no uncompressed .npz", lambda: np.savez_compressed(path, **good)),
+        ("no uncompressed .npz", lambda: np.save(open(path, "wb"), good["boxes"])),
+        ("of other images: number 5", lambda: np.savez(path, **{**good, "names": good["names"][:-1]})),
+        ("of other images: number 5", lambda: np.savez(path, **{**good, "names": np.append(good["names"], np.uint8([65, 0]))})),
+        ("not sound", lambda: np.savez(path, **{**good, "offsets": good["offsets"].astype(float)})),
+        ("not sound", lambda: np.savez(path, **{**good, "offsets": np.array([0, 3, 1, 4, 4, 4], np.uint64)})),
+        ("not sound", lambda: np.savez(path, **{**good, "boxes": good["boxes"] + 1j})),
+        ("boxes of 4 images, but --data has 5", lambda: soco.save_proposals(path, folder, BOXES[:4])),
         ("of other images: number", lambda: np.savez(path, **{**good, "names": renamed})),
         ("not sound", lambda: np.savez(path, **{**good, "boxes": good["boxes"][:, :3]})),
         ("not sound", lambda: np.savez(path, **{**good, "boxes": good["boxes"] * np.nan})),
@@ -512,7 +519,7 @@ def test_two_processes_make_proposals_and_train_under_torchrun_and_one_goes_on(p
     assert all(math.isfinite(row["loss"]) for row in log)
 
 
-@pytest.mark.parametrize("more", [["--detector", "c4"], ["--views", 4], ["--views", 2], ["--proposals", "whole"],
+@pytest.mark.parametrize("more", [["--detector", "c4"], ["--views", 4], ["--views", 2], ["--proposals", "whole"], ["--proposals", "whole", "--detector", "fpn"],
                                   ["--amp", "bf16"], ["--size", 64, "--small-size", 48, "--num-proposals", 1]])
 def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     assert run(monkeypatch, *arguments(pictures, tmp_path, "--proposals", "random", "--max-steps", 3, *more)) == 0
@@ -520,7 +527,8 @@ def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
 
 @pytest.mark.parametrize("more, says", [
     (["--detector", "c4", "--views", "3"], "views V1 and V2 alone"), (["--proposals", "truth"], "drawn shapes"),
-    (["--proposals", "random", "--prepare"], "nothing to make"), (["--num-proposals", "0"], "at least 1"),
+    (["--proposals", "random", "--prepare"], "nothing to make"), (["--proposals", "randon"], "ends in .npz"),
+    (["--warmup", "inf"], "at least 0"), (["--batch-size", "1"], "at least 2"), (["--num-proposals", "0"], "at least 1"),
     (["--proposals", "/proc/no/p.npz"], "cannot write /proc/no/p.npz"), (["--arch", "resnet51"], "unknown --arch")])
 def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, capsys, more, says):
     assert run(monkeypatch, *arguments(pictures, tmp_path, *more)) == 2
@@ -533,6 +541,21 @@ def test_without_opencv_a_line_says_what_to_install(pictures, tmp_path, monkeypa
         monkeypatch.setitem(sys.modules, name, None)
     assert run(monkeypatch, *arguments(pictures, tmp_path)) == 2
     assert "pip install opencv-contrib-python-headless" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [2, 5, 70])
+def test_prepare_works_for_few_images_with_few_files_open_and_a_broken_image(tmp_path, monkeypatch, count):
+    data = write_pictures(tmp_path / "data", count)
+    next(data.rglob("*.png")).write_bytes(b"torn")
+    monkeypatch.setattr(soco, "PART", 1)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limit[1]))
+    try:
+        assert run(monkeypatch, *arguments(data, tmp_path / "out", "--prepare")) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len(np.load(tmp_path / "out" / "proposals.npz")["offsets"]) == count + 1
+    assert (tmp_path / "out" / "proposals.png").exists()
 
 
 def test_a_run_with_other_proposals_is_refused(pictures, tmp_path, monkeypatch, capsys):

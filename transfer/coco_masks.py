@@ -69,12 +69,18 @@ def main():
         number, size = sizes[name]
         largest = sorted(objects.get(number, []), key=lambda pair: -pair[0])[:16]
         bits = np.zeros(size[::-1], np.uint16)
-        for k, (_, segmentation) in enumerate(largest):
-            bits |= decode(segmentation, size).astype(np.uint16) << k
-        empty += not largest
         path = Path(args.masks, name).with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(bits).save(path)
+        try:
+            for k, (_, segmentation) in enumerate(largest):
+                bits |= decode(segmentation, size).astype(np.uint16) << k
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with common.whole(path) as file:
+                Image.fromarray(bits).save(file, "png")
+        except OSError as error:
+            common.fail(f"cannot write {path}: {error.strerror}")
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            common.fail(f"{args.annotations}: an object of {name} cannot be drawn ({error})")
+        empty += not largest
     print(f"{len(source)} masks in {args.masks}; {empty} images have no object: each is one mask as a whole")
 
 
