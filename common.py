@@ -542,6 +542,13 @@ def center_crop(size):
     return x, y, x + side, y + side
 
 
+def rand_augment(image, rng):
+    """torchvision's RandAugment, 2 operations of magnitude 9, on a PIL image, drawn from rng."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2 ** 63)))
+        return torchvision.transforms.RandAugment()(image)
+
+
 class ImageFolder:
     """Every image below a folder, hidden ones left out and links followed, in an order that no file system decides.
 
@@ -1144,6 +1151,24 @@ def number(kind, low, high=math.inf):
         return kind(text)
     parse.__name__ = kind.__name__
     return parse
+
+
+def choose_bn_splits(args):
+    """Fill in --bn-splits, the BN groups of one process: 8, or fewer in a small batch. Exits with 2 where they do not fit."""
+    if args.bn_splits is None:
+        fits = lambda groups: args.batch_size % groups == 0 and args.batch_size >= 4 * groups
+        args.bn_splits = next(filter(fits, (8, 4, 2)), 1)
+    groups = args.bn_splits if world_size() == 1 else world_size()
+    if args.batch_size % groups or args.batch_size < 2 * groups:
+        fail(f"a batch of {args.batch_size} does not fall into {groups} BN groups of 2 images or more: "
+             "change --batch-size or --bn-splits")
+
+
+def compare_queue(args, source):
+    """Say so where the queue is longer than the data."""
+    if args.queue > len(source) and rank() == 0:
+        print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so older keys of a query's "
+              f"own image are among its negatives; --queue {max(1, len(source) // 2)} or less avoids that")
 
 
 def cores():

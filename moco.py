@@ -163,13 +163,7 @@ def arguments():
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
     args = parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
                                       **({"momentum": 0.5} if args.mechanism == "bank" else {})})
-    if args.bn_splits is None:
-        fits = lambda groups: args.batch_size % groups == 0 and args.batch_size >= 4 * groups
-        args.bn_splits = next(filter(fits, (8, 4, 2)), 1)
-    groups = args.bn_splits if common.world_size() == 1 else common.world_size()
-    if args.batch_size % groups or args.batch_size < 2 * groups:
-        common.fail(f"a batch of {args.batch_size} does not fall into {groups} BN groups of 2 images or more: "
-                    "change --batch-size or --bn-splits")
+    common.choose_bn_splits(args)
     return args
 
 
@@ -180,9 +174,8 @@ def main():
     negatives = args.batch_size - 1 if args.mechanism == "batch" else args.queue
     if args.mechanism == "bank" and args.batch_size == len(source):
         common.fail(f"a batch of all {len(source)} images leaves none for negatives: take a smaller --batch-size")
-    if args.mechanism == "queue" and args.queue > len(source) and common.rank() == 0:
-        print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so older keys of a query's "
-              f"own image are among its negatives; --queue {max(1, len(source) // 2)} or less avoids that")
+    if args.mechanism == "queue":
+        common.compare_queue(args, source)
 
     common.seed_device(args.seed)
     model = MoCo(args.arch, len(source), args.version, args.mechanism, args.queue, args.momentum, args.temperature,

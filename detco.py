@@ -1,0 +1,245 @@
+"""DetCo: Unsupervised Contrastive Learning for Object Detection (Xie et al., ICCV 2021).
+
+MoCo v2 with a contrast at every stage of the backbone, so that shallow features tell images apart too, and with three
+contrasts instead of one: whole view to whole view, nine small patches to nine patches, and patches to whole view.
+
+    python detco.py                                             shapes drawn on the fly, some minutes on two cores
+    python detco.py --data DIR                                  your own images
+    torchrun --nproc_per_node=8 detco.py --data /imagenet       as in the paper; --augment rand for DetCo+AA
+    python detco.py --data DIR --no-local                       stages alone, the paper's row (b) of Table 1
+
+Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
+`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: what
+the paper leaves open is decided where a comment says so.
+"""
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import ImageOps
+
+import common
+
+PAPER = dict(  # on ImageNet; lr is for batch_size
+    arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, weights=[0.1, 0.4, 0.7, 1.0],
+    queue=65536, momentum=0.999, temperature=0.2, dim=128, min_area=0.2, augment="moco")
+
+DEMO = dict(
+    arch="resnet18w0.25", size=48, epochs=4, batch_size=64, warmup=0.5, print_every=32, min_area=0.4, queue=512,
+    momentum=0.95)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views (Sec. 3.3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def jigsaw_sizes(size):
+    """(side of the region, side of a patch) in pixels for global views of `size`: 255 and 64 at 224; a cell is a third."""
+    return 3 * round(85 * size / 224), round(64 * size / 224)
+
+
+def views(photo, rng, size, min_area, augment="moco", local=True):
+    """Two global views and the regions of two sets of nine patches, each mirrored half of the time.
+
+    Gives x_q and x_k, uint8 [3, size, size]; with `local` p_q and p_k, uint8 [3, 255, 255] (at 224), and at_q and at_k,
+    [9, 2], the top-left corner (x, y) of each patch in them.
+    """
+    region, patch = jigsaw_sizes(size)
+    areas, sizes = [(min_area, 1.0)] * 2 + [(0.6, 1.0)] * 2, [size] * 2 + [region] * 2
+    names = ["x_q", "x_k", "p_q", "p_k"][:4 if local else 2]
+    crops = [common.random_crop(photo.size, area, rng) for _, area in zip(names, areas)]
+    batch = {}
+    for name, view in zip(names, photo.cut(crops, sizes[:len(crops)])):
+        view = ImageOps.mirror(view) if rng.random() < 0.5 else view
+        view = common.rand_augment(view, rng) if augment == "rand" else view
+        batch[name] = common.to_tensor(view)
+        if name.startswith("p"):
+            cell = torch.tensor([[x, y] for y in range(3) for x in range(3)]) * (region // 3)
+            batch[name.replace("p", "at")] = cell + torch.from_numpy(rng.integers(region // 3 - patch + 1, size=(9, 2)))
+    return batch
+
+
+def photometric():
+    """MoCo v2's colours, for regions as for global views: a region's patches share its draw."""
+    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5)
+
+
+def patches(x, corners, side):
+    """The patches of x [N, 3, H, W] at `corners` [N, 9, 2] (x, y) -> [N*9, 3, side, side], image-major."""
+    step = torch.arange(side, device=x.device)
+    columns, rows = (corners[:, :, k, None] + step for k in (0, 1))                       # [N, 9, side]
+    image = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
+    picked = x.permute(0, 2, 3, 1)[image, rows[..., :, None], columns[..., None, :]]      # [N, 9, side, side, 3]
+    return picked.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model (Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Encoder(nn.Module):
+    """Backbone with an MLP head for each stage of weight > 0 and, apart, one for its nine patches: `dim`-D, normalised.
+
+    The hidden layer is as wide as c5 (2048), whatever comes in: "the same as MoCo v2, except for the input channel".
+    """
+
+    def __init__(self, arch, weights, dim, bn_splits, local):
+        super().__init__()
+        self.backbone = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=bn_splits))
+        self.stages = [i for i, weight in enumerate(weights) if weight]
+        hidden = self.backbone.channels[-1]
+        head = lambda width: nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+        self.mlp_global = nn.ModuleList(head(self.backbone.channels[i]) for i in self.stages)
+        self.mlp_local = nn.ModuleList(head(9 * self.backbone.channels[i]) for i in self.stages if local)
+
+    def forward(self, x):
+        """A global view [N, 3, H, W] -> [N, dim] of each stage."""
+        f = self.backbone(x)
+        return [normalised(mlp(f[i].mean(dim=(2, 3)))) for i, mlp in zip(self.stages, self.mlp_global)]
+
+    def local(self, x):
+        """Patches [N*9, 3, s, s], all in one pass -> [N, dim] of each stage: the nine features, in their order, make one."""
+        f = self.backbone(x)
+        pooled = [f[i].mean(dim=(2, 3)).view(len(x) // 9, -1) for i in self.stages]       # [N, 9*C]
+        return [normalised(mlp(p)) for p, mlp in zip(pooled, self.mlp_local)]
+
+
+def normalised(x):
+    return F.normalize(x.float(), dim=1)
+
+
+class DetCo(nn.Module):
+    """The pretext task. weights: w of Eq. 1 for Res2 to Res5; a stage of weight 0 costs nothing. local: with patches.
+    share_queue: one queue for all stages (Table 16). size: of the global views. bn_splits: BN groups of one process."""
+
+    def __init__(self, arch, weights=(0.1, 0.4, 0.7, 1.0), queue=65536, momentum=0.999, temperature=0.2, dim=128, size=224,
+                 local=True, share_queue=False, bn_splits=1):
+        super().__init__()
+        self.w = [weight for weight in weights if weight]
+        self.momentum, self.temperature, self.patch = momentum, temperature, jigsaw_sizes(size)[1]
+        self.photometric = photometric()
+        self.encoder_q = Encoder(arch, weights, dim, bn_splits, local)
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        queues = lambda: nn.ModuleList(common.Queue(dim, queue) for _ in (self.w[:1] if share_queue else self.w))
+        self.queue_global, self.queue_local = queues(), queues() if local else None
+
+    def forward(self, batch):
+        """batch: what `views` gives, N of each -> the loss of Eq. 1 and its stats."""
+        local = self.queue_local is not None
+        look = lambda p, at: patches(self.photometric(p), at, self.patch)
+        q_g = self.encoder_q(self.photometric(batch["x_q"]))                              # [N, dim] a stage
+        q_l = self.encoder_q.local(look(batch["p_q"], batch["at_q"])) if local else []
+        shuffle = common.Shuffle(len(batch["x_k"]), batch["x_k"].device)                  # for every input of encoder_k
+        with torch.no_grad():
+            k_g = self.encoder_k(self.photometric(shuffle(batch["x_k"])))
+            k_l = self.encoder_k.local(look(shuffle(batch["p_k"]), shuffle(batch["at_k"]))) if local else []
+            k_g, k_l = ([shuffle.undo(k) for k in keys] for keys in (k_g, k_l))
+        loss, self.new = 0, (k_g, k_l)
+        for i, w in enumerate(self.w):
+            queue_g = self.queue_global[i % len(self.queue_global)].keys
+            stage = common.info_nce(q_g[i], k_g[i], queue_g, self.temperature)            # Eq. 2
+            if local:
+                queue_l = self.queue_local[i % len(self.queue_local)].keys
+                stage = stage + common.info_nce(q_l[i], k_g[i], queue_g, self.temperature)  # Eq. 4
+                stage = stage + common.info_nce(q_l[i], k_l[i], queue_l, self.temperature)  # Eq. 5
+            loss = loss + w * stage                                                       # Eq. 1; without patches Eq. 3
+        stats = {"accuracy": common.pretext_accuracy(q_g[-1], k_g[-1], queue_g),
+                 "positive": (q_g[-1].detach() * k_g[-1]).sum(dim=1).mean()}
+        if local:
+            stats["accuracy_local"] = common.pretext_accuracy(q_l[-1], k_l[-1], queue_l)
+        return loss, stats
+
+    @torch.no_grad()
+    def update(self):
+        """What Algorithm 1 does after the optimizer's step."""
+        common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)
+        for queues, keys in zip((self.queue_global, self.queue_local), self.new):
+            for i, k in enumerate(keys):
+                queues[i % len(queues)].enqueue(k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_views(path, model, batch):
+    """views.png: both global views and their nine patches, laid out as they lay, of a few images."""
+    columns = []
+    for name in ("x_q", "x_k"):
+        columns.append(common.denormalised(model.photometric(batch[name])[:8]))
+    for name in ("q", "k") if model.queue_local is not None else ():
+        nine = patches(model.photometric(batch[f"p_{name}"]), batch[f"at_{name}"], model.patch)[:72]
+        nine = F.pad(common.denormalised(nine), (1, 1, 1, 1))                             # [8*9, 3, s, s], a black frame
+        tiles = nine.unflatten(0, (-1, 3, 3)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        columns.append(F.interpolate(tiles, columns[0].shape[-2:]))
+    common.save_views(path, *columns)
+
+
+def arguments():
+    parser = common.Parser(__doc__, PAPER, DEMO)
+    add = parser.own.add_argument
+    add("--weights", type=common.number(float, 0), nargs=4, help="w of Eq. 1 for Res2, Res3, Res4, Res5")
+    add("--no-local", action="store_true", help="without patches: stages alone (Table 1 b); MoCo v2 with --weights 0 0 0 1")
+    add("--share-queue", action="store_true", help="one queue for all stages (Table 16)")
+    add("--augment", choices=["moco", "rand"], help="moco: MoCo v2's; rand: RandAugment before it, for DetCo+AA")
+    add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
+    add("--momentum", type=common.number(float, 0, 1), help="m, of the key network")
+    add("--temperature", type=common.number(float, 1e-3), help="tau")
+    add("--dim", type=common.number(int, 1), help="length of a query or key")
+    add("--min-area", type=common.number(float, 1e-3, 1), help="smallest share of the image in a global view")
+    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--bn-splits", type=common.number(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    args = parser.parse()
+    if not any(args.weights):
+        common.fail("--weights: one of the four must be above 0")
+    common.choose_bn_splits(args)
+    return args
+
+
+def main():
+    device = common.init_distributed()
+    args = arguments()
+    source, monitor = common.open_data(args)
+    common.compare_queue(args, source)
+    common.seed_device(args.seed)
+    model = DetCo(args.arch, args.weights, args.queue, args.momentum, args.temperature, args.dim, args.size,
+                  not args.no_local, args.share_queue, args.bn_splits if common.world_size() == 1 else 1)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    run = common.Run(args, source, "detco", model, optimizer)
+    cut = partial(views, size=args.size, min_area=args.min_area, augment=args.augment, local=not args.no_local)
+    batches = run.batches(cut, device)
+    ddp = common.parallel(model, device, args.compile)
+
+    if monitor and run.step == 0:
+        run.monitor(model.encoder_q.backbone, monitor, device)
+    for batch in batches:
+        if run.step == 0:
+            common.seed_device(args.seed, run.step, common.rank())
+            save_views(Path(args.out, "views.png"), model, batch)
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
+                                  round(args.warmup * run.steps_per_epoch))
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            loss, stats = ddp(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update()
+        run.step += 1
+        if run.step % args.print_every == 0:
+            run.log(loss, stats, lr)
+        if monitor and run.step % run.steps_per_epoch == 0:
+            run.monitor(model.encoder_q.backbone, monitor, device)
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    run.summary(accuracy=f"chance is {1 / (args.queue + 1):.2g}")
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()

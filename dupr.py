@@ -1,0 +1,261 @@
+"""DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.).
+
+MoCo v2 at every stage of the backbone, and beside it patches: where two views of an image overlap, both are laid out in
+the same S x S grid, and the feature of a patch must find that of the same patch in the other view, among patches of other
+images. Features then tell places apart, which detection needs.
+
+    python dupr.py                                              shapes drawn on the fly, some minutes on two cores
+    python dupr.py --data DIR                                   your own images
+    torchrun --nproc_per_node=8 dupr.py --data /imagenet        as in the paper's main experiments
+    python dupr.py --data DIR --augment moco                    as in its ablations: no RandAugment, temperature 0.2
+
+Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
+`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: what
+the paper leaves open is decided where a comment says so.
+"""
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.checkpoint import checkpoint
+
+import common
+
+PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
+    arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, alpha=[0.1, 0.4, 0.7, 1.0],
+    beta=[0.0, 0.0, 1.0, 1.0], queue=65536, patch_keys=32, momentum=0.999, temperature=0.15, dim=128, min_area=0.2,
+    augment="rand")
+
+ABLATION = dict(temperature=0.2)  # with --augment moco
+
+DEMO = dict(
+    arch="resnet18w0.25", size=64, epochs=4, batch_size=64, warmup=0.5, print_every=32, min_area=0.4, queue=512,
+    momentum=0.95, augment="moco")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views (Sec. 3.2.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def two_views(photo, rng, size, min_area, augment="moco"):
+    """Two random crops, each mirrored half of the time, and where they overlap.
+
+    Gives x_q and x_k, uint8 [3, size, size]; box_q and box_k [1, 4], the intersection in xyxy pixels of each view;
+    flip_q and flip_k, whether it is mirrored; overlap, whether there is an intersection (where not, boxes are whole views).
+    """
+    r1, r2 = (common.random_crop(photo.size, (min_area, 1.0), rng) for _ in range(2))                # Eq. 3
+    b = max(r1[0], r2[0]), max(r1[1], r2[1]), min(r1[2], r2[2]), min(r1[3], r2[3])                   # Eq. 4
+    overlap = b[0] < b[2] and b[1] < b[3]
+    batch = {"overlap": torch.tensor(overlap)}
+    for name, r, view in zip("qk", (r1, r2), photo.cut([r1, r2], [size, size])):
+        flip = bool(rng.random() < 0.5)
+        box = to_view(b if overlap else r, r, size, flip)                                            # B_1 = T_1(B)
+        view = ImageOps.mirror(view) if flip else view
+        view = common.rand_augment(view, rng) if augment == "rand" else view
+        batch |= {f"x_{name}": common.to_tensor(view), f"box_{name}": torch.tensor([box]), f"flip_{name}": torch.tensor(flip)}
+    return batch
+
+
+def to_view(box, crop, size, flip):
+    """T: a box from the pixels of the image to those of `crop` (xyxy, pixels of the image) made size x size and mirrored."""
+    sx, sy = size / (crop[2] - crop[0]), size / (crop[3] - crop[1])
+    x1, y1, x2, y2 = (box[0] - crop[0]) * sx, (box[1] - crop[1]) * sy, (box[2] - crop[0]) * sx, (box[3] - crop[1]) * sy
+    return (size - x2, y1, size - x1, y2) if flip else (x1, y1, x2, y2)
+
+
+def photometric():
+    """MoCo v2's colours."""
+    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model (Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Encoder(nn.Module):
+    """Backbone, h: an MLP for the pooled features of each level with alpha > 0, and g: one of 1x1 convolutions for the
+    patches of each with beta > 0. The hidden layers are as wide as c5 (2048), whatever comes in, as in DetCo.
+    """
+
+    def __init__(self, arch, alpha, beta, dim, size, bn_splits):
+        super().__init__()
+        self.backbone = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=bn_splits))
+        self.image_levels, self.patch_levels = ([m for m in range(4) if weight[m]] for weight in (alpha, beta))
+        channels, hidden, self.size = self.backbone.channels, self.backbone.channels[-1], size
+        mlp = lambda layer, width: nn.Sequential(layer(width, hidden), nn.ReLU(inplace=True), layer(hidden, dim))
+        self.h = nn.ModuleList(mlp(nn.Linear, channels[m]) for m in self.image_levels)
+        self.g = nn.ModuleList(mlp(partial(nn.Conv2d, kernel_size=1), channels[m]) for m in self.patch_levels)
+
+    def forward(self, x, box, flip):
+        """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level, and r, [N, S*S, dim] of each patch level:
+        patch p is the same place in both views. S is the level's own size: 7 for conv5, 14 for conv4 at 224 (Sec. 4.5.3)."""
+        f = self.backbone(x)
+        v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
+        r = []
+        for m, g in zip(self.patch_levels, self.g):
+            stride = 4 * 2 ** m
+            region = g(common.roi_align(f[m], box, max(1, self.size // stride), stride))  # Eq. 5, 6: [N, dim, S, S]
+            region = torch.where(flip.view(-1, 1, 1, 1), region.flip(3), region)          # mirrored back
+            r.append(region.flatten(2).mT)                                                # [N, S*S, dim]
+        return [F.normalize(x.float(), dim=-1) for x in v], [F.normalize(x.float(), dim=-1) for x in r]
+
+
+class DUPR(nn.Module):
+    """The pretext task. alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); what has weight 0
+    costs nothing. patch_keys: patches a level that each process enqueues a step. size: of the views. bn_splits: BN groups
+    of one process."""
+
+    def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32, momentum=0.999,
+                 temperature=0.15, dim=128, size=224, bn_splits=1):
+        super().__init__()
+        self.alpha, self.beta = ([weight for weight in weights if weight] for weights in (alpha, beta))
+        self.patch_keys, self.momentum, self.temperature = patch_keys, momentum, temperature
+        self.photometric = photometric()
+        self.encoder_q = Encoder(arch, alpha, beta, dim, size, bn_splits)
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.image_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.alpha)   # one for each loss
+        self.patch_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.beta)
+
+    def forward(self, batch):
+        """batch: what `two_views` gives, N of each -> the loss of Eq. 2 and its stats."""
+        v_q, r_q = self.encoder_q(self.photometric(batch["x_q"]), batch["box_q"], batch["flip_q"])
+        shuffle = common.Shuffle(len(batch["x_k"]), batch["x_k"].device)                  # for every input of encoder_k
+        with torch.no_grad():
+            x, box, flip = (shuffle(batch[f"{name}_k"]) for name in ("x", "box", "flip"))
+            v_k, r_k = ([shuffle.undo(k) for k in keys] for keys in self.encoder_k(self.photometric(x), box, flip))
+        self.new, loss, stats = (v_k, r_k, batch["overlap"]), 0, {}
+        for weight, q, k, queue in zip(self.alpha, v_q, v_k, self.image_queues):
+            loss = loss + weight * common.info_nce(q, k, queue.keys, self.temperature)    # Eq. 8
+            stats |= {"accuracy": common.pretext_accuracy(q, k, queue.keys)}              # of the last level
+        for weight, q, k, queue in zip(self.beta, r_q, r_k, self.patch_queues):
+            patch, hits = patch_nce(q, k, batch["overlap"], queue.keys, self.temperature)
+            loss, stats = loss + weight * patch, {**stats, "accuracy_patch": hits}        # Eq. 2
+        return loss, {**stats, "overlap": batch["overlap"].float().mean()}
+
+    @torch.no_grad()
+    def update(self):
+        """f_2 follows f_1; the new keys go in: each image's, and some patches of those images whose views overlap."""
+        common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)
+        v_k, r_k, overlap = self.new
+        for k, queue in zip(v_k, self.image_queues):
+            queue.enqueue(k)
+        for k, queue in zip(r_k, self.patch_queues):
+            n, places, _ = k.shape
+            share = (overlap.float() + 1e-6).repeat_interleave(places)                    # the others where there is none
+            queue.enqueue(k.flatten(0, 1)[torch.multinomial(share, min(self.patch_keys, n * places))])
+
+
+def patch_nce(q, k, overlap, negatives, temperature):
+    """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> the mean over the patches of all
+    processes' overlapping pairs, in nats (the paper's sum would weigh 49 to 196 times the image loss), and the share of
+    those that are nearest to their own. 0 where no pair overlaps."""
+    def rows(q, k):  # [n, D] each
+        with torch.autocast(q.device.type, enabled=False):
+            positive = (q * k).sum(dim=1) / temperature
+            others = q @ negatives.T / temperature                                        # [n, K]
+            return torch.logaddexp(positive, others.logsumexp(dim=1)) - positive, positive > others.amax(dim=1)
+
+    negatives = negatives.clone() if q.requires_grad else negatives
+    parts = zip(q.flatten(0, 1).split(8192), k.flatten(0, 1).split(8192))                 # n x 65536 fits in no memory
+    losses, hits = (torch.cat(x) for x in zip(*(checkpoint(rows, *part, use_reentrant=False) for part in parts)))
+    weight = overlap.float()[:, None] / q.shape[1]                                        # [N, 1]
+    count = common.all_gather(overlap.float()).sum().clamp(min=1) / common.world_size()
+    mean = lambda x: (x.view(q.shape[:2]) * weight).sum() / count
+    return mean(losses), mean(hits.float()).detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_views(path, model, batch):
+    """views.png: both views of a few images, their intersection and its 7 x 7 grid: one number, one spot of the scene."""
+    columns = []
+    for name in "qk":
+        views = (common.denormalised(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
+        pictures = []
+        for view, box, flip, overlap in zip(views, batch[f"box_{name}"], batch[f"flip_{name}"], batch["overlap"]):
+            factor = 448 // view.shape[-1] + 1
+            picture = Image.fromarray(view.permute(1, 2, 0).numpy()).resize([view.shape[-1] * factor] * 2)
+            x1, y1, x2, y2 = (box[0] * factor).tolist()
+            pen = ImageDraw.Draw(picture)
+            for p in range(49) if overlap else ():
+                row, column = divmod(p, 7)
+                column = 6 - column if flip else column
+                cell = [x1 + (x2 - x1) * column / 7, y1 + (y2 - y1) * row / 7]
+                pen.rectangle([*cell, cell[0] + (x2 - x1) / 7, cell[1] + (y2 - y1) / 7], outline="orange")
+                pen.text([cell[0] + 2, cell[1] + 1], str(p), fill="yellow")
+            pictures.append(common.to_tensor(picture) / 255)
+        columns.append(torch.stack(pictures))
+    common.save_views(path, *columns)
+
+
+def arguments():
+    parser = common.Parser(__doc__, PAPER, DEMO)
+    add = parser.own.add_argument
+    add("--alpha", type=common.number(float, 0), nargs=4, help="weights of the image losses of conv2_x to conv5_x (Eq. 2)")
+    add("--beta", type=common.number(float, 0), nargs=4, help="weights of the patch losses")
+    add("--augment", choices=["rand", "moco"], help="rand: RandAugment before MoCo v2's colours; moco: those alone")
+    add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
+    add("--patch-keys", type=common.number(int, 1), help="patches a level that each process enqueues a step")
+    add("--momentum", type=common.number(float, 0, 1), help="of the key network")
+    add("--temperature", type=common.number(float, 1e-3), help="tau; 0.2 with --augment moco")
+    add("--dim", type=common.number(int, 1), help="length of a query or key")
+    add("--min-area", type=common.number(float, 1e-3, 1), help="smallest share of the image in a crop")
+    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--bn-splits", type=common.number(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    args = parser.parse(lambda args: ABLATION if args.augment == "moco" or args.augment is None and not args.data else {})
+    if not any(args.alpha + args.beta):
+        common.fail("--alpha and --beta: one of the eight must be above 0")
+    common.choose_bn_splits(args)
+    return args
+
+
+def main():
+    device = common.init_distributed()
+    args = arguments()
+    source, monitor = common.open_data(args, single=False)
+    common.compare_queue(args, source)
+    common.seed_device(args.seed)
+    model = DUPR(args.arch, args.alpha, args.beta, args.queue, args.patch_keys, args.momentum, args.temperature, args.dim,
+                 args.size, args.bn_splits if common.world_size() == 1 else 1)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    run = common.Run(args, source, "dupr", model, optimizer)
+    views = partial(two_views, size=args.size, min_area=args.min_area, augment=args.augment)
+    batches = run.batches(views, device)
+    ddp = common.parallel(model, device, args.compile)
+
+    if monitor and run.step == 0:
+        run.monitor(model.encoder_q.backbone, monitor, device)
+    for batch in batches:
+        if run.step == 0:
+            common.seed_device(args.seed, run.step, common.rank())
+            save_views(Path(args.out, "views.png"), model, batch)
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
+                                  round(args.warmup * run.steps_per_epoch))
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            loss, stats = ddp(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update()
+        run.step += 1
+        if run.step % args.print_every == 0:
+            run.log(loss, stats, lr)
+        if monitor and run.step % run.steps_per_epoch == 0:
+            run.monitor(model.encoder_q.backbone, monitor, device)
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    run.summary(accuracy=f"chance is {1 / (args.queue + 1):.2g}", accuracy_patch="of patches, likewise")
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""DUPR: patch correspondence in painted pictures, Eq. 2 to 8 against slow formulas, the script as a user runs it."""
+import math
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import common
+import dupr
+from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
+
+run = partial(run_script, dupr)
+TINY = dict(arch="resnet18w0.125", dim=16, queue=40, temperature=0.2, size=64)
+
+
+def tiny(**settings):
+    common.seed_device(0)
+    return dupr.DUPR(**{**TINY, **settings})
+
+
+def a_batch(n=8, size=64):
+    g = torch.Generator().manual_seed(1)
+    batch = {"index": torch.arange(n), "overlap": torch.rand(n, generator=g) < 0.7}
+    for name in "qk":
+        low = torch.rand(n, 1, 2, generator=g) * 0.5 * size
+        batch |= {f"x_{name}": torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8),
+                  f"box_{name}": torch.cat([low, low + 0.4 * size], dim=2), f"flip_{name}": torch.rand(n, generator=g) < 0.5}
+    return batch
+
+
+def plain(model):
+    model.photometric = common.Photometric()
+    return model.eval()
+
+
+# --- views and correspondence ---
+
+def test_a_coloured_dot_lands_in_the_same_patch_of_both_views_mirrored_ones_too():
+    rng, found, flips = np.random.default_rng(0), 0, []
+    for _ in range(400):
+        picture = np.zeros((240, 360, 3), np.uint8)
+        x, y = int(rng.integers(20, 340)), int(rng.integers(20, 220))  # anywhere
+        picture[y - 14:y + 14, x - 14:x + 14] = (255, 255, 255)
+        batch = dupr.two_views(common.Photo(Image.fromarray(picture), 0), rng, 112, 0.2)
+        if not batch["overlap"]:
+            assert batch["box_q"].tolist() == batch["box_k"].tolist() == [[[0, 0, 112, 112]]] or \
+                torch.allclose(batch["box_q"], torch.tensor([[0.0, 0, 112, 112]]))
+            continue
+        places = []
+        for name in "qk":                                              # the pixels themselves as a feature map of stride 1
+            region = common.roi_align(batch[f"x_{name}"][None].float(), batch[f"box_{name}"][None], 7, stride=1)
+            region = torch.where(batch[f"flip_{name}"], region.flip(3), region)[0, 0]
+            weight = region / region.sum().clamp(min=1e-9)
+            centre = [(weight.sum(dim=1 - k) * torch.arange(7)).sum().item() for k in (0, 1)]
+            places.append((region.max().item(), centre))
+        if min(places[0][0], places[1][0]) > 60:
+            found += 1
+            assert np.abs(np.subtract(places[0][1], places[1][1])).max() < 0.75, places
+            flips.append((batch["flip_q"].item(), batch["flip_k"].item()))
+    assert found > 150 and {(a, b) for a, b in flips} == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_the_intersection_is_the_same_part_of_the_image_in_both_views():
+    ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 400), np.linspace(0, 255, 400)), np.zeros((400, 400))], axis=-1)
+    photo, rng, missed = common.Photo(Image.fromarray(ramp.astype(np.uint8)), 0), np.random.default_rng(0), 0
+    for _ in range(300):
+        batch = dupr.two_views(photo, rng, 64, 0.2)
+        missed += not batch["overlap"]
+        if not batch["overlap"]:
+            continue
+        seen = []
+        for name in "qk":
+            x1, y1, x2, y2 = batch[f"box_{name}"][0].tolist()
+            assert -1e-3 <= x1 < x2 <= 64 + 1e-3 and -1e-3 <= y1 < y2 <= 64 + 1e-3
+            if min(x2 - x1, y2 - y1) < 8:
+                break
+            centre = batch[f"x_{name}"][:2, int((y1 + y2) / 2), int((x1 + x2) / 2)].float()
+            seen.append(centre)
+        if len(seen) == 2:
+            assert (seen[0] - seen[1]).abs().max() < 8
+    assert missed < 12                                                 # the paper's "very low": 51 of 1472
+
+
+# --- model ---
+
+def slow_forward(model, batch):
+    """Image and patch embeddings of both networks, an image and a patch at a time."""
+    out = []
+    for network, name in ((model.encoder_q, "q"), (model.encoder_k, "k")):
+        v, r = [[] for _ in network.h], [[] for _ in network.g]
+        for n in range(len(batch["x_q"])):
+            f = network.backbone(common.Photometric()(batch[f"x_{name}"][n:n + 1]))
+            for j, m in enumerate(network.image_levels):
+                v[j].append(F.normalize(network.h[j](f[m].mean((2, 3))), dim=1)[0])
+            for j, m in enumerate(network.patch_levels):
+                side, stride = 64 // 4 // 2 ** m, 4 * 2 ** m
+                region = torchvision.ops.roi_align(f[m], [batch[f"box_{name}"][n]], side, 1 / stride, aligned=True)
+                order = reversed(range(side)) if batch[f"flip_{name}"][n] else range(side)
+                columns = list(order)
+                r[j].append(torch.stack([F.normalize(network.g[j](region[:, :, y:y + 1, x:x + 1]).flatten(), dim=0)
+                                         for y in range(side) for x in columns]))
+        out.append(([torch.stack(x) for x in v], [torch.stack(x) for x in r]))
+    return out
+
+
+def nce(q, k, negatives, temperature=0.2):
+    scores = [math.exp((q @ other).item() / temperature) for other in [k, *negatives]]
+    return -math.log(scores[0] / sum(scores))
+
+
+def test_loss_equals_equations_2_to_8_written_out_patch_by_patch():
+    model, batch = plain(tiny()), a_batch(4)
+    batch["overlap"] = torch.tensor([True, False, True, True])
+    for p in model.encoder_k.parameters():
+        p.data += 0.05 * torch.randn(p.shape)
+    images, patches = ([q.keys.clone() for q in queues] for queues in (model.image_queues, model.patch_queues))
+    with torch.no_grad():
+        loss, stats = model(batch)
+        (v_q, r_q), (v_k, r_k) = slow_forward(model, batch)
+    total = 0
+    for alpha, q, k, queue in zip([0.1, 0.4, 0.7, 1.0], v_q, v_k, images):
+        total += alpha * np.mean([nce(q[n], k[n], queue) for n in range(4)])                                 # Eq. 8
+    for q, k, queue in zip(r_q, r_k, patches):
+        total += np.mean([nce(q[n, p], k[n, p], queue) for n in (0, 2, 3) for p in range(q.shape[1])])      # Eq. 7
+    assert [r.shape[1] for r in r_q] == [16, 4]                        # S of conv4_x and conv5_x at 64 pixels
+    assert loss.item() == pytest.approx(total, rel=1e-4) and stats["overlap"] == 0.75
+    model.update()
+    torch.testing.assert_close(model.image_queues[2].keys[:4], v_k[2], atol=1e-5, rtol=1e-4)
+    new = model.patch_queues[0].keys[:32]
+    distance = torch.cdist(new, r_k[0].flatten(0, 1)).min(dim=1)
+    assert distance.values.max() < 1e-2 and not any(16 <= i < 32 for i in distance.indices.tolist())  # not of image 1
+    assert torch.equal(model.patch_queues[0].keys[32:], patches[0][32:])
+    assert (model.patch_queues[1].keys[:12] != patches[1][:12]).any(dim=1).all()
+
+
+def test_rois_are_7_and_14_on_conv5_and_conv4_at_224():
+    model = tiny(size=224)
+    _, r = model.encoder_q(torch.randn(1, 3, 224, 224), torch.tensor([[[0.0, 0, 224, 224]]]), torch.tensor([False]))
+    assert [x.shape for x in r] == [(1, 196, 16), (1, 49, 16)]
+
+
+def test_no_overlap_at_all_gives_no_patch_loss_and_no_nan():
+    model, batch = tiny(alpha=[0.0] * 4), a_batch()
+    batch["overlap"][:] = False
+    loss, _ = model(batch)
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.abs().sum() for p in model.encoder_q.parameters())
+    model.update()
+    assert model.patch_queues[0].keys.isfinite().all()
+
+
+def test_a_level_of_weight_0_has_neither_head_nor_queue():
+    model = tiny(alpha=[0.0, 0.0, 0.0, 1.0], beta=[0.0, 0.0, 0.0, 1.0])
+    assert len(model.image_queues) == len(model.patch_queues) == len(model.encoder_q.h) == len(model.encoder_q.g) == 1
+    loss, _ = model(a_batch())
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
+
+
+def test_patch_loss_in_parts_equals_the_whole_with_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    unit = lambda *shape: F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1)
+    q, k, negatives = unit(60, 196, 4).requires_grad_(), unit(60, 196, 4), unit(10, 4)                      # 11760 rows
+    loss, hits = dupr.patch_nce(q, k, torch.ones(60, dtype=torch.bool), negatives, 0.15)
+    whole = common.info_nce(q.flatten(0, 1), k.flatten(0, 1), negatives, 0.15)
+    assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, q)[0], torch.autograd.grad(whole, q)[0], atol=1e-9, rtol=1e-5)
+    assert hits == common.pretext_accuracy(q.flatten(0, 1), k.flatten(0, 1), negatives)
+
+
+def gradients():
+    model, batch = plain(tiny()), a_batch()
+    batch["overlap"] = torch.tensor([True, False, False, False, True, True, True, False])  # 1 and 3 in two processes
+    share = 8 // common.world_size()
+    ddp = common.parallel(model, torch.device("cpu"))
+    loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
+    loss.backward()
+    model.update()
+    return loss.item(), [p.grad.numpy() for p in model.encoder_q.parameters()], [q.keys.numpy() for q in model.image_queues]
+
+
+def test_two_processes_equal_one():
+    loss, alone, keys = gradients()
+    results = in_processes(2, gradients)
+    assert np.mean([r[0] for r in results]) == pytest.approx(loss, abs=1e-4)
+    for _, together, their_keys in results:
+        for a, b in zip(alone, together):
+            assert np.abs(a - b).max() < 1e-4
+        assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(keys, their_keys))
+
+
+# --- the script ---
+
+def arguments(data, out, *more):
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16", "--queue", "64",
+            "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
+
+
+def test_a_run_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
+    plan = ["--epochs", 2]
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "whole", *plan)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 4)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--workers", 2)) == 0
+    assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "parts"))
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+    with Image.open(tmp_path / "whole" / "views.png") as picture:
+        assert picture.width > 900 and picture.height > 3600
+
+
+def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "dupr.py")]
+    plan = arguments(pictures, tmp_path, "--epochs", 2)
+    done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run(monkeypatch, *plan) == 0
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("more", [["--augment", "moco"], ["--beta", 0, 0, 0, 0], ["--alpha", 0, 0, 0, 0], ["--amp", "bf16"]])
+def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 3, *more)) == 0
+
+
+def test_temperature_is_that_of_the_main_experiments_or_of_the_ablations(pictures, monkeypatch):
+    settings = lambda *more: (monkeypatch.setattr(sys, "argv", ["dupr.py", "--data", str(pictures), *more]), dupr.arguments())[1]
+    assert settings().temperature == 0.15 and settings("--augment", "moco").temperature == 0.2
+
+
+def test_weights_that_are_all_zero_are_an_error(pictures, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--alpha", 0, 0, 0, 0, "--beta", 0, 0, 0, 0)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
