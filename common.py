@@ -179,7 +179,7 @@ def sync_batchnorm(channels):
 
 
 class Backbone(ResNet):
-    """torchvision's ResNet without `fc`, every channel count times `width`, giving its four stages, or the first 3."""
+    """torchvision's ResNet without `fc`, every channel count times `width`, giving its four stages, or the first few."""
 
     def __init__(self, block, layers, width, norm_layer):
         self.width = width
@@ -196,13 +196,16 @@ class Backbone(ResNet):
         return stage
 
     def forward(self, x, stages=4):
-        c2 = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))  # [N, C2, H/4, W/4]
-        c3 = self.layer2(c2)                                                # [N, C3, H/8, W/8]
-        c4 = self.layer3(c3)                                                # [N, C4, H/16, W/16]
-        if stages == 3:
-            return [c2, c3, c4]
-        c5 = self.layer4(c4)                                                # [N, C5, H/32, W/32]
-        return [c2, c3, c4, c5]
+        x, outputs = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:stages]:
+            x = stage(x)                                         # [N, C2, H/4, W/4], [N, C3, H/8, W/8], ...
+            outputs.append(x)
+        return outputs
+
+    def train_first(self, stages):
+        """Leave the stages behind the first `stages` untrained, as nothing will be asked of them."""
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[stages:]:
+            stage.requires_grad_(False)
 
 
 LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (Bottleneck, [3, 4, 6, 3]),
@@ -542,11 +545,20 @@ def center_crop(size):
     return x, y, x + side, y + side
 
 
-def rand_augment(image, rng):
-    """torchvision's RandAugment, 2 operations of magnitude 9, on a PIL image, drawn from rng."""
+class ColourAugment(torchvision.transforms.RandAugment):
+    """RandAugment without the operations that move the picture."""
+
+    def _augmentation_space(self, *args):
+        space = super()._augmentation_space(*args)
+        return {name: x for name, x in space.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
+
+
+def rand_augment(image, rng, moves=True):
+    """torchvision's RandAugment (its 2 operations of magnitude 9) on a PIL image, drawn from rng; without `moves` each pixel
+    stays where it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2 ** 63)))
-        return torchvision.transforms.RandAugment()(image)
+        return (torchvision.transforms.RandAugment() if moves else ColourAugment())(image)
 
 
 class ImageFolder:

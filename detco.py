@@ -6,7 +6,7 @@ contrasts instead of one: whole view to whole view, nine small patches to nine p
     python detco.py                                             shapes drawn on the fly, some minutes on two cores
     python detco.py --data DIR                                  your own images
     torchrun --nproc_per_node=8 detco.py --data /imagenet       as in the paper; --augment rand for DetCo+AA
-    python detco.py --data DIR --no-local                       stages alone, the paper's row (b) of Table 1
+    python detco.py --data DIR --no-local --epochs 100          stages alone, the paper's row (b) of Table 1
 
 Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
 `encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: what
@@ -63,7 +63,8 @@ def views(photo, rng, size, min_area, augment="moco", local=True):
 
 
 def photometric():
-    """MoCo v2's colours, for regions as for global views: a region's patches share its draw."""
+    """MoCo v2's colours, for regions as for global views. A region is coloured before it is divided, as the text has it, so that
+    its patches share a draw; "the same parameters" as the global views' we take to be those of the distribution."""
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5)
 
 
@@ -90,6 +91,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=bn_splits))
         self.stages = [i for i, weight in enumerate(weights) if weight]
+        self.depth = 1 + max(self.stages)
+        self.backbone.train_first(self.depth)
         hidden = self.backbone.channels[-1]
         head = lambda width: nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
         self.mlp_global = nn.ModuleList(head(self.backbone.channels[i]) for i in self.stages)
@@ -97,12 +100,15 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         """A global view [N, 3, H, W] -> [N, dim] of each stage."""
-        f = self.backbone(x)
+        f = self.backbone(x, self.depth)
         return [normalised(mlp(f[i].mean(dim=(2, 3)))) for i, mlp in zip(self.stages, self.mlp_global)]
 
     def local(self, x):
-        """Patches [N*9, 3, s, s], all in one pass -> [N, dim] of each stage: the nine features, in their order, make one."""
-        f = self.backbone(x)
+        """Patches [N*9, 3, s, s], all in one pass -> [N, dim] of each stage.
+
+        The nine features are concatenated in the order in which they lie: the paper speaks of no shuffling.
+        """
+        f = self.backbone(x, self.depth)
         pooled = [f[i].mean(dim=(2, 3)).view(len(x) // 9, -1) for i in self.stages]       # [N, 9*C]
         return [normalised(mlp(p)) for p, mlp in zip(pooled, self.mlp_local)]
 
@@ -113,7 +119,7 @@ def normalised(x):
 
 class DetCo(nn.Module):
     """The pretext task. weights: w of Eq. 1 for Res2 to Res5; a stage of weight 0 costs nothing. local: with patches.
-    share_queue: one queue for all stages (Table 16). size: of the global views. bn_splits: BN groups of one process."""
+    share_queue: one global and one local queue for all stages (Table 16). size: of the global views. bn_splits: BN groups of one process."""
 
     def __init__(self, arch, weights=(0.1, 0.4, 0.7, 1.0), queue=65536, momentum=0.999, temperature=0.2, dim=128, size=224,
                  local=True, share_queue=False, bn_splits=1):
@@ -154,7 +160,7 @@ class DetCo(nn.Module):
 
     @torch.no_grad()
     def update(self):
-        """What Algorithm 1 does after the optimizer's step."""
+        """After the optimizer's step: encoder_k follows encoder_q, and the keys go into the queues."""
         common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)
         for queues, keys in zip((self.queue_global, self.queue_local), self.new):
             for i, k in enumerate(keys):
@@ -182,8 +188,8 @@ def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--weights", type=common.number(float, 0), nargs=4, help="w of Eq. 1 for Res2, Res3, Res4, Res5")
-    add("--no-local", action="store_true", help="without patches: stages alone (Table 1 b); MoCo v2 with --weights 0 0 0 1")
-    add("--share-queue", action="store_true", help="one queue for all stages (Table 16)")
+    add("--no-local", action="store_true", help="without patches: stages alone (Table 1 b); with --weights 0 0 0 1 MoCo v2's loss")
+    add("--share-queue", action="store_true", help="one global and one local queue for all stages (Table 16, with --no-local)")
     add("--augment", choices=["moco", "rand"], help="moco: MoCo v2's; rand: RandAugment before it, for DetCo+AA")
     add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
     add("--momentum", type=common.number(float, 0, 1), help="m, of the key network")

@@ -55,7 +55,7 @@ def two_views(photo, rng, size, min_area, augment="moco"):
         flip = bool(rng.random() < 0.5)
         box = to_view(b if overlap else r, r, size, flip)                                            # B_1 = T_1(B)
         view = ImageOps.mirror(view) if flip else view
-        view = common.rand_augment(view, rng) if augment == "rand" else view
+        view = common.rand_augment(view, rng, moves=False) if augment == "rand" else view            # patches stay put
         batch |= {f"x_{name}": common.to_tensor(view), f"box_{name}": torch.tensor([box]), f"flip_{name}": torch.tensor(flip)}
     return batch
 
@@ -78,14 +78,17 @@ def photometric():
 
 class Encoder(nn.Module):
     """Backbone, h: an MLP for the pooled features of each level with alpha > 0, and g: one of 1x1 convolutions for the
-    patches of each with beta > 0. The hidden layers are as wide as c5 (2048), whatever comes in, as in DetCo.
+    patches of each with beta > 0. The hidden layers are as wide as c5 (2048), whatever comes in: the paper gives no width, and
+    this is MoCo v2's.
     """
 
-    def __init__(self, arch, alpha, beta, dim, size, bn_splits):
+    def __init__(self, arch, alpha, beta, dim, bn_splits):
         super().__init__()
         self.backbone = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=bn_splits))
         self.image_levels, self.patch_levels = ([m for m in range(4) if weight[m]] for weight in (alpha, beta))
-        channels, hidden, self.size = self.backbone.channels, self.backbone.channels[-1], size
+        self.depth = 1 + max(self.image_levels + self.patch_levels)
+        self.backbone.train_first(self.depth)
+        channels, hidden = self.backbone.channels, self.backbone.channels[-1]
         mlp = lambda layer, width: nn.Sequential(layer(width, hidden), nn.ReLU(inplace=True), layer(hidden, dim))
         self.h = nn.ModuleList(mlp(nn.Linear, channels[m]) for m in self.image_levels)
         self.g = nn.ModuleList(mlp(partial(nn.Conv2d, kernel_size=1), channels[m]) for m in self.patch_levels)
@@ -93,12 +96,11 @@ class Encoder(nn.Module):
     def forward(self, x, box, flip):
         """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level, and r, [N, S*S, dim] of each patch level:
         patch p is the same place in both views. S is the level's own size: 7 for conv5, 14 for conv4 at 224 (Sec. 4.5.3)."""
-        f = self.backbone(x)
+        f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
         r = []
         for m, g in zip(self.patch_levels, self.g):
-            stride = 4 * 2 ** m
-            region = g(common.roi_align(f[m], box, max(1, self.size // stride), stride))  # Eq. 5, 6: [N, dim, S, S]
+            region = g(common.roi_align(f[m], box, f[m].shape[-1], stride=4 * 2 ** m))    # Eq. 5, 6: [N, dim, S, S]
             region = torch.where(flip.view(-1, 1, 1, 1), region.flip(3), region)          # mirrored back
             r.append(region.flatten(2).mT)                                                # [N, S*S, dim]
         return [F.normalize(x.float(), dim=-1) for x in v], [F.normalize(x.float(), dim=-1) for x in r]
@@ -106,16 +108,16 @@ class Encoder(nn.Module):
 
 class DUPR(nn.Module):
     """The pretext task. alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); what has weight 0
-    costs nothing. patch_keys: patches a level that each process enqueues a step. size: of the views. bn_splits: BN groups
-    of one process."""
+    costs nothing. patch_keys: patches a level that each process enqueues a step ("per batch" of one GPU, as we read it, for
+    then the 8 of the paper turn a queue over in 256 steps). bn_splits: BN groups of one process."""
 
     def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32, momentum=0.999,
-                 temperature=0.15, dim=128, size=224, bn_splits=1):
+                 temperature=0.15, dim=128, bn_splits=1):
         super().__init__()
         self.alpha, self.beta = ([weight for weight in weights if weight] for weights in (alpha, beta))
         self.patch_keys, self.momentum, self.temperature = patch_keys, momentum, temperature
         self.photometric = photometric()
-        self.encoder_q = Encoder(arch, alpha, beta, dim, size, bn_splits)
+        self.encoder_q = Encoder(arch, alpha, beta, dim, bn_splits)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.image_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.alpha)   # one for each loss
         self.patch_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.beta)
@@ -130,10 +132,11 @@ class DUPR(nn.Module):
         self.new, loss, stats = (v_k, r_k, batch["overlap"]), 0, {}
         for weight, q, k, queue in zip(self.alpha, v_q, v_k, self.image_queues):
             loss = loss + weight * common.info_nce(q, k, queue.keys, self.temperature)    # Eq. 8
-            stats |= {"accuracy": common.pretext_accuracy(q, k, queue.keys)}              # of the last level
         for weight, q, k, queue in zip(self.beta, r_q, r_k, self.patch_queues):
             patch, hits = patch_nce(q, k, batch["overlap"], queue.keys, self.temperature)
             loss, stats = loss + weight * patch, {**stats, "accuracy_patch": hits}        # Eq. 2
+        if v_q:
+            stats = {"accuracy": common.pretext_accuracy(v_q[-1], v_k[-1], self.image_queues[-1].keys), **stats}
         return loss, {**stats, "overlap": batch["overlap"].float().mean()}
 
     @torch.no_grad()
@@ -145,23 +148,23 @@ class DUPR(nn.Module):
             queue.enqueue(k)
         for k, queue in zip(r_k, self.patch_queues):
             n, places, _ = k.shape
-            share = (overlap.float() + 1e-6).repeat_interleave(places)                    # the others where there is none
-            queue.enqueue(k.flatten(0, 1)[torch.multinomial(share, min(self.patch_keys, n * places))])
+            first = torch.rand(n * places, device=k.device) + overlap.repeat_interleave(places)  # others where too few
+            queue.enqueue(k.flatten(0, 1)[first.topk(min(self.patch_keys, n * places)).indices])
 
 
 def patch_nce(q, k, overlap, negatives, temperature):
-    """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> the mean over the patches of all
-    processes' overlapping pairs, in nats (the paper's sum would weigh 49 to 196 times the image loss), and the share of
-    those that are nearest to their own. 0 where no pair overlaps."""
+    """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> this process's part of the loss, in nats,
+    and of the share of patches that are nearest to their own. Averaged over processes, as DDP does, they are means over the
+    patches of all overlapping pairs: the paper's sum would weigh 49 to 196 times the image loss. 0 where none overlaps."""
     def rows(q, k):  # [n, D] each
         with torch.autocast(q.device.type, enabled=False):
             positive = (q * k).sum(dim=1) / temperature
             others = q @ negatives.T / temperature                                        # [n, K]
             return torch.logaddexp(positive, others.logsumexp(dim=1)) - positive, positive > others.amax(dim=1)
 
-    negatives = negatives.clone() if q.requires_grad else negatives
-    parts = zip(q.flatten(0, 1).split(8192), k.flatten(0, 1).split(8192))                 # n x 65536 fits in no memory
-    losses, hits = (torch.cat(x) for x in zip(*(checkpoint(rows, *part, use_reentrant=False) for part in parts)))
+    part = partial(checkpoint, rows, use_reentrant=False, preserve_rng_state=False)
+    parts = zip(q.flatten(0, 1).split(8192), k.flatten(0, 1).split(8192))                 # 2 GB each, of 13 on one GPU
+    losses, hits = (torch.cat(x) for x in zip(*(part(*x) for x in parts)))
     weight = overlap.float()[:, None] / q.shape[1]                                        # [N, 1]
     count = common.all_gather(overlap.float()).sum().clamp(min=1) / common.world_size()
     mean = lambda x: (x.view(q.shape[:2]) * weight).sum() / count
@@ -173,21 +176,22 @@ def patch_nce(q, k, overlap, negatives, temperature):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
-    """views.png: both views of a few images, their intersection and its 7 x 7 grid: one number, one spot of the scene."""
+    """views.png: both views of a few images, their intersection and conv5's S x S grid in it (7 x 7 at 224): one number, one spot
+    of the scene."""
     columns = []
     for name in "qk":
         views = (common.denormalised(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
         pictures = []
         for view, box, flip, overlap in zip(views, batch[f"box_{name}"], batch[f"flip_{name}"], batch["overlap"]):
-            factor = 448 // view.shape[-1] + 1
+            factor, side = 448 // view.shape[-1] + 1, -(-view.shape[-1] // 32)
             picture = Image.fromarray(view.permute(1, 2, 0).numpy()).resize([view.shape[-1] * factor] * 2)
             x1, y1, x2, y2 = (box[0] * factor).tolist()
             pen = ImageDraw.Draw(picture)
-            for p in range(49) if overlap else ():
-                row, column = divmod(p, 7)
-                column = 6 - column if flip else column
-                cell = [x1 + (x2 - x1) * column / 7, y1 + (y2 - y1) * row / 7]
-                pen.rectangle([*cell, cell[0] + (x2 - x1) / 7, cell[1] + (y2 - y1) / 7], outline="orange")
+            for p in range(side * side) if overlap else ():
+                row, column = divmod(p, side)
+                column = side - 1 - column if flip else column
+                cell = [x1 + (x2 - x1) * column / side, y1 + (y2 - y1) * row / side]
+                pen.rectangle([*cell, cell[0] + (x2 - x1) / side, cell[1] + (y2 - y1) / side], outline="orange")
                 pen.text([cell[0] + 2, cell[1] + 1], str(p), fill="yellow")
             pictures.append(common.to_tensor(picture) / 255)
         columns.append(torch.stack(pictures))
@@ -222,7 +226,7 @@ def main():
     common.compare_queue(args, source)
     common.seed_device(args.seed)
     model = DUPR(args.arch, args.alpha, args.beta, args.queue, args.patch_keys, args.momentum, args.temperature, args.dim,
-                 args.size, args.bn_splits if common.world_size() == 1 else 1)
+                 args.bn_splits if common.world_size() == 1 else 1)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "dupr", model, optimizer)

@@ -1,7 +1,7 @@
 """What the project costs, each figure beside what it is compared with, in one run.
 
     python tests/benchmark.py                      everything that this machine can do
-    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks step
+    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks family overlap step
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
     python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
 
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ from torchvision.ops import box_iou, roi_align
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+import detco  # noqa: E402
 import detcon  # noqa: E402
+import dupr  # noqa: E402
 import moco  # noqa: E402
 import soco  # noqa: E402
 from transfer import coco_masks  # noqa: E402
@@ -189,16 +192,7 @@ def soco_step(how):
         loss.backward()
         model.zero_grad()
 
-    status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
-    work()
-    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        before = status("VmRSS:")
-    took = seconds(work, 10)
-    return took, (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmHWM:")) - before
+    return measured(work)
 
 
 def pyramid(args, folder):
@@ -208,6 +202,59 @@ def pyramid(args, folder):
     for how, (took, memory) in figures.items():
         print(f"pyramid: a SoCo step with {how}: {took:.2f} s, {took / figures['sheet'][0]:.2f} of sheet's; peak "
               f"{memory:.0f} MB, {memory / figures['sheet'][1]:.2f} of sheet's")
+
+
+def family_step(name):
+    """Seconds and peak memory, in MB over what the model takes, of a step of MoCo v2, DetCo or DUPR."""
+    arch, n, size = ("resnet50", 64, 224) if DEVICE.type == "cuda" else ("resnet18w0.5", 16, 224)
+    common.seed_device(0)
+    settings = dict(arch=arch, queue=65536 if DEVICE.type == "cuda" else 4096)
+    model = {"moco": lambda: moco.MoCo(images=10**6, **settings), "detco": lambda: detco.DetCo(**settings),
+             "dupr": lambda: dupr.DUPR(**settings)}[name]().to(DEVICE, memory_format=torch.channels_last)
+    photo, rng = common.Photo(Image.fromarray(common.Shapes(1, 256).scene(0)[0]), 0), np.random.default_rng(0)
+    views = {"moco": partial(moco.two_views, size=size, min_area=0.2), "detco": partial(detco.views, size=size, min_area=0.2),
+             "dupr": partial(dupr.two_views, size=size, min_area=0.2)}[name]
+    batch = {key: x.to(DEVICE) for key, x in torch.utils.data.default_collate([views(photo, rng) for _ in range(n)]).items()}
+
+    def work():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss, _ = model(batch)
+        loss.backward()
+        model.zero_grad()
+        model.update()
+
+    return measured(work)
+
+
+def measured(work):
+    """Seconds and peak memory in MB over what is taken before, of work()."""
+    status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        before = status("VmRSS:")
+    took = seconds(work, 10 if DEVICE.type == "cuda" else 5)
+    return took, (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmHWM:")) - before
+
+
+def overlap(args, folder):
+    """Share of pairs of DUPR's crops that do not overlap, in images of ImageNet's usual size."""
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(20000):
+        a, b = (common.random_crop((500, 375), (0.2, 1.0), rng) for _ in range(2))
+        missed += max(a[0], b[0]) >= min(a[2], b[2]) or max(a[1], b[1]) >= min(a[3], b[3])
+    print(f"overlap: of 20000 pairs of crops {missed / 20000:.2%} do not overlap")
+
+
+def family(args, folder):
+    """Steps of DetCo and DUPR beside MoCo v2's."""
+    run = lambda name: multiprocessing.get_context("spawn").Pool(1).apply(family_step, (name,))
+    figures = {name: run(name) for name in ("moco", "detco", "dupr")}
+    for name, (took, memory) in figures.items():
+        print(f"family: a step of {name}: {took / figures['moco'][0]:.2f} of moco's time; peak {memory:.0f} MB, "
+              f"{memory / figures['moco'][1]:.2f} of moco's")
 
 
 def proposals(args, folder):
@@ -243,15 +290,11 @@ def proposals(args, folder):
 def loss_memory(dim):
     """Peak memory in MB of DetCon's loss, forward and backward, in one of the paper's 128 processes with 32 images."""
     common.seed_device(0)
-    gathered = iter(torch.randn(2, 4096, 16, dim, device=DEVICE, requires_grad=True))
+    gathered = cycle(torch.randn(2, 4096, 16, dim, device=DEVICE, requires_grad=True))
     latents = [torch.randn(32, 16, dim, device=DEVICE, requires_grad=True) for _ in range(2)]
     ids = torch.randint(0, 12, (2, 32, 16), device=DEVICE)
     common.all_gather = lambda x: next(gathered)
-    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
-    before = torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmRSS:")
-    detcon.detcon_loss(*latents, *latents, *ids, 0.1).backward()
-    return (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmHWM:")) - before
+    return measured(lambda: detcon.detcon_loss(*latents, *latents, *ids, 0.1).backward())[1]
 
 
 def contrast(args, folder):
@@ -320,13 +363,13 @@ def step(args, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks step")
+    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks family overlap step")
     parser.add_argument("--images", help="folder of images for `loader`")
     parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
     parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
-    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "step"]:
+    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "family", "overlap", "step"]:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

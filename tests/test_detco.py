@@ -154,20 +154,49 @@ def test_the_nine_patches_of_a_batch_pass_the_backbone_at_once():
     assert all(p.grad is None for p in model.encoder_k.parameters())
 
 
-def gradients():
-    model, batch = plain(tiny()), a_batch()
+def test_the_shuffle_covers_views_and_patches_and_is_undone():
+    model, batch, seen = tiny(), a_batch(), []
+    model.photometric.forward = lambda x: x.float()
+    one = torch.arange(8, dtype=torch.uint8).view(-1, 1, 1, 1)
+    batch |= {"x_k": one.expand(-1, 3, 64, 64), "p_k": one.expand(-1, 3, *batch["p_k"].shape[2:])}
+    batch["at_k"] = torch.arange(8).view(-1, 1, 1).expand(-1, 9, 2)
+    embed = lambda x: (seen.append(x[:, 0, 0, 0].tolist()), [x[:, :1, 0, 0].float().expand(-1, 16)] * 4)[1]
+    model.encoder_k.forward, model.encoder_k.local = embed, lambda x: embed(x[::9])
+    model(batch)
+    assert seen[0] == seen[1] != list(range(8)) and sorted(seen[0]) == list(range(8))
+    assert all(k[:, 0].tolist() == list(range(8)) for keys in model.new for k in keys)
+
+
+def test_regions_are_60_percent_or_more_and_views_are_mirrored_half_of_the_time():
+    ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 300)), np.zeros((300, 300))], axis=-1)
+    photo, rng, areas, flips = common.Photo(Image.fromarray(ramp.astype(np.uint8)), 0), np.random.default_rng(0), [], []
+    for _ in range(200):
+        batch = detco.views(photo, rng, 64, 0.2)
+        areas.append([np.prod([np.ptp(batch[name][k].numpy()) / 255 for k in (0, 1)]) for name in ("x_q", "p_q", "p_k")])
+        flips.append([bool(batch[name][0, 0, 0] > batch[name][0, 0, -1]) for name in ("x_q", "x_k", "p_q", "p_k")])
+    assert np.min(areas, axis=0)[0] < 0.3 and np.min(areas, axis=0)[1:].min() > 0.54
+    assert np.mean(flips, axis=0) == pytest.approx([0.5] * 4, abs=0.12)
+
+
+def gradients(**settings):
+    model, batch = plain(tiny(**settings)), a_batch()
     share = 8 // common.world_size()
     ddp = common.parallel(model, torch.device("cpu"))
     loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
     loss.backward()
     model.update()
-    return (loss.item(), [p.grad.numpy() for p in model.encoder_q.parameters()],
+    return (loss.item(), [p.grad.numpy() for p in model.encoder_q.parameters() if p.requires_grad],
             [q.keys.numpy() for q in [*model.queue_global, *model.queue_local]])
 
 
-def test_two_processes_equal_one():
-    loss, alone, keys = gradients()
-    results = in_processes(2, gradients)
+def shallow_gradients():
+    return gradients(weights=[1.0, 1.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("step", [gradients, shallow_gradients])
+def test_two_processes_equal_one(step):
+    loss, alone, keys = step()
+    results = in_processes(2, step)
     assert np.mean([r[0] for r in results]) == pytest.approx(loss, abs=1e-4)
     for _, together, their_keys in results:
         for a, b in zip(alone, together):

@@ -17,7 +17,7 @@ import dupr
 from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
 
 run = partial(run_script, dupr)
-TINY = dict(arch="resnet18w0.125", dim=16, queue=40, temperature=0.2, size=64)
+TINY = dict(arch="resnet18w0.125", dim=16, queue=40, temperature=0.2)
 
 
 def tiny(**settings):
@@ -50,8 +50,7 @@ def test_a_coloured_dot_lands_in_the_same_patch_of_both_views_mirrored_ones_too(
         picture[y - 14:y + 14, x - 14:x + 14] = (255, 255, 255)
         batch = dupr.two_views(common.Photo(Image.fromarray(picture), 0), rng, 112, 0.2)
         if not batch["overlap"]:
-            assert batch["box_q"].tolist() == batch["box_k"].tolist() == [[[0, 0, 112, 112]]] or \
-                torch.allclose(batch["box_q"], torch.tensor([[0.0, 0, 112, 112]]))
+            assert torch.allclose(torch.cat([batch["box_q"], batch["box_k"]]), torch.tensor([[0.0, 0, 112, 112]] * 2))
             continue
         places = []
         for name in "qk":                                              # the pixels themselves as a feature map of stride 1
@@ -140,10 +139,43 @@ def test_loss_equals_equations_2_to_8_written_out_patch_by_patch():
     assert (model.patch_queues[1].keys[:12] != patches[1][:12]).any(dim=1).all()
 
 
-def test_rois_are_7_and_14_on_conv5_and_conv4_at_224():
-    model = tiny(size=224)
-    _, r = model.encoder_q(torch.randn(1, 3, 224, 224), torch.tensor([[[0.0, 0, 224, 224]]]), torch.tensor([False]))
-    assert [x.shape for x in r] == [(1, 196, 16), (1, 49, 16)]
+@pytest.mark.parametrize("size, places", [(224, [196, 49]), (48, [9, 4]), (100, [49, 16])])
+def test_rois_are_7_and_14_on_conv5_and_conv4_at_224_and_each_levels_size_elsewhere(size, places):
+    model = tiny()
+    _, r = model.encoder_q(torch.randn(1, 3, size, size), torch.tensor([[[0.0, 0, size, size]]]), torch.tensor([False]))
+    assert [x.shape[1] for x in r] == places
+
+
+def test_randaugment_colours_the_views_and_moves_no_pixel():
+    picture, changed = np.full((60, 100, 3), 60, np.uint8), 0
+    picture[:, 50:] = (200, 150, 100)
+    for seed in range(150):
+        out = np.asarray(common.rand_augment(Image.fromarray(picture), np.random.default_rng(seed), moves=False)).astype(int)
+        assert np.ptp(out[:, :47], axis=(0, 1)).max() <= 2 and np.ptp(out[:, 53:], axis=(0, 1)).max() <= 2
+        changed += np.abs(out - picture).max() > 10
+    assert changed > 60
+    moved = [np.ptp(np.asarray(common.rand_augment(Image.fromarray(picture), np.random.default_rng(s)))[:, 53:], axis=(0, 1)).max() > 2
+             for s in range(150)]
+    assert 20 < np.sum(moved)                                          # DetCo's may
+
+
+def test_the_shuffle_covers_views_boxes_and_mirroring_and_is_undone():
+    model, batch, seen = tiny(), a_batch(), []
+    model.photometric.forward = lambda x: x.float()
+    batch["x_k"] = torch.arange(8, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+    batch["box_k"] = torch.arange(8.0).view(-1, 1, 1).expand(-1, 1, 4)
+    batch["flip_k"] = torch.arange(8) % 2 == 1
+
+    def encoder_k(x, box, flip):
+        seen.append(x[:, 0, 0, 0].tolist())
+        assert seen[-1] == box[:, 0, 0].tolist() and [n % 2 == 1 for n in seen[-1]] == flip.tolist()
+        v = x[:, :1, 0, 0].float().expand(-1, 16)
+        return [v] * 4, [v[:, None].expand(-1, p, -1) for p in (16, 4)]
+
+    model.encoder_k.forward = encoder_k
+    model(batch)
+    assert seen[0] != list(range(8)) and sorted(seen[0]) == list(range(8))
+    assert all(k[:, 0].tolist() == list(range(8)) for k in model.new[0]) and model.new[1][0][:, 3, 0].tolist() == list(range(8))
 
 
 def test_no_overlap_at_all_gives_no_patch_loss_and_no_nan():
@@ -175,20 +207,25 @@ def test_patch_loss_in_parts_equals_the_whole_with_its_gradient():
     assert hits == common.pretext_accuracy(q.flatten(0, 1), k.flatten(0, 1), negatives)
 
 
-def gradients():
-    model, batch = plain(tiny()), a_batch()
+def gradients(**settings):
+    model, batch = plain(tiny(**settings)), a_batch()
     batch["overlap"] = torch.tensor([True, False, False, False, True, True, True, False])  # 1 and 3 in two processes
     share = 8 // common.world_size()
     ddp = common.parallel(model, torch.device("cpu"))
     loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
     loss.backward()
     model.update()
-    return loss.item(), [p.grad.numpy() for p in model.encoder_q.parameters()], [q.keys.numpy() for q in model.image_queues]
+    return loss.item(), [p.grad.numpy() for p in model.encoder_q.parameters() if p.requires_grad], [q.keys.numpy() for q in model.image_queues]
 
 
-def test_two_processes_equal_one():
-    loss, alone, keys = gradients()
-    results = in_processes(2, gradients)
+def shallow_gradients():
+    return gradients(alpha=[1.0, 1.0, 1.0, 0.0], beta=[0.0, 0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("step", [gradients, shallow_gradients])
+def test_two_processes_equal_one(step):
+    loss, alone, keys = step()
+    results = in_processes(2, step)
     assert np.mean([r[0] for r in results]) == pytest.approx(loss, abs=1e-4)
     for _, together, their_keys in results:
         for a, b in zip(alone, together):
