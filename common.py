@@ -1060,7 +1060,7 @@ def features(backbone, source, indices, size, device, workers, stage=5):
     batches = ([(0, int(i)) for i in indices[start:start + 512]] for start in range(0, len(indices), 512))
     normalise = Photometric().to(device)
     for batch in Loader(source, view, batches, workers, device):
-        c = backbone(normalise(batch["view"]))[stage - 2]
+        c = backbone(normalise(batch["view"]))[stage - 6]
         yield batch["index"], F.normalize(c.float().mean(dim=(2, 3)), dim=1)
 
 

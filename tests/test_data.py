@@ -242,3 +242,16 @@ def test_knn_equals_the_slow_vote_on_one_process_and_three(k):
 def test_knn_finds_the_right_class_of_pictures_it_has_seen():
     shapes = common.Shapes(24, 40, single=True)
     assert common.knn(Pixels(), shapes, shapes, 32, torch.device("cpu"), k=1) == 1.0
+
+
+class FourStages(nn.Module):
+    """Only the last but one stage, c4, has anything to tell."""
+
+    def forward(self, x):
+        return [torch.zeros_like(x), torch.zeros_like(x), *Pixels()(x), torch.zeros_like(x)]
+
+
+def test_knn_looks_at_the_stage_that_it_is_asked_for():
+    shapes = common.Shapes(48, 32, single=True)
+    figure = lambda stage: common.knn(FourStages(), shapes, shapes, 32, torch.device("cpu"), k=1, stage=stage)
+    assert figure(4) == 1.0 and max(figure(3), figure(5)) < 0.5
