@@ -492,6 +492,11 @@ class Photo:
             image = to_rgb(self.image)
             return image if self.turn is None else image.transpose(self.turn)
 
+    def shrunk(self):
+        """The upright image as uint8 [H, W, 3], the longer side 500 pixels at most: what segmentation's scales are meant for."""
+        size = shrunk(self.size)
+        return np.asarray(self.decode(size[0] / self.size[0]).resize(size, Image.Resampling.BILINEAR))
+
     def cut(self, crops, sizes, resample=Image.Resampling.BILINEAR):
         """Cut every crop (xyxy, pixels of the image) to a square of its size; gives RGB PIL images.
 
@@ -503,6 +508,11 @@ class Photo:
         sx, sy = width / self.size[0], height / self.size[1]
         boxes = [(x1 * sx, y1 * sy, min(x2 * sx, width), min(y2 * sy, height)) for x1, y1, x2, y2 in crops]
         return [image.resize((size, size), resample, box) for box, size in zip(boxes, sizes)]
+
+
+def shrunk(size):
+    """(width, height) with the longer side 500 pixels at most, which is the usual one of ImageNet's."""
+    return tuple(max(1, round(side * min(1.0, 500 / max(size)))) for side in size)
 
 
 def to_rgb(image):
@@ -1004,6 +1014,15 @@ def denormalised(x):
 
 # --- Hours of work before training -----------------------------------------------------------------------------------
 
+def need_opencv(flag, instead):
+    """Exit with 2 where OpenCV's segmentation, which `flag` asks for, is not installed."""
+    try:
+        from cv2.ximgproc import segmentation  # noqa: F401
+    except ImportError:
+        fail(f"{flag} needs OpenCV's contrib modules: pip install opencv-contrib-python-headless (and no other OpenCV "
+             f"beside it); {instead} needs none")
+
+
 class Files(Dataset):
     """Item i makes the file of tasks[i]; gives what went wrong, or nothing."""
 
@@ -1106,6 +1125,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, paper, demo):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.paper, self.demo = paper, demo
+        self.set_defaults(prepare=False)  # a flag of the methods that have something to make before training
         self.own = self.add_argument_group("the paper's")
         add = self.add_argument_group("common to all five methods").add_argument
         count = number(int, 1)
@@ -1148,7 +1168,7 @@ class Parser(argparse.ArgumentParser):
             args.workers = min(16, cores()) if torch.cuda.is_available() else 0  # on a CPU the network needs the cores
         if args.amp is None:
             args.amp = "bf16" if torch.cuda.is_available() else "off"
-        if args.batch_size % world_size() and not getattr(args, "prepare", False):
+        if args.batch_size % world_size() and not args.prepare:
             fail(f"--batch-size {args.batch_size} does not divide over {world_size()} processes: "
                  f"take {math.ceil(args.batch_size / world_size()) * world_size()}")
         return args
@@ -1199,7 +1219,7 @@ def open_data(args, single=True):
     else:
         train = Path(args.data, "train")
         source, pair = ImageFolder(train if args.data and train.is_dir() else args.data), None
-    if len(source) < args.batch_size and not getattr(args, "prepare", False):
+    if len(source) < args.batch_size and not args.prepare:
         fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
     if args.knn:
         pair = tuple(ImageFolder(Path(args.knn, part)) for part in ("train", "val"))

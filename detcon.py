@@ -216,9 +216,7 @@ def felzenszwalb(photo, scales):
     """
     import cv2
     cv2.setNumThreads(1)  # every core has an image of its own
-    size = reduced(photo.size)
-    image = np.asarray(photo.decode(size[0] / photo.size[0]).resize(size, Image.Resampling.BILINEAR))
-    labels = []
+    image, labels = photo.shrunk(), []
     for scale in scales:
         smallest, segments = scale, None
         while segments is None or segments.max() > 255:  # more segments than a byte tells apart: join the smallest
@@ -228,18 +226,9 @@ def felzenszwalb(photo, scales):
     return labels[0] if len(scales) == 1 else np.stack(labels, axis=2)
 
 
-def reduced(size):
-    """(width, height) with the longer side 500 pixels at most."""
-    return tuple(max(1, round(side * min(1.0, 500 / max(size)))) for side in size)
-
-
 def make_masks(folder, source, scales, device):
     """Segment every image, by all processes together, into PNGs that mirror the data folder; those there are kept."""
-    try:
-        from cv2.ximgproc import segmentation  # noqa: F401
-    except ImportError:
-        common.fail("--masks fh needs OpenCV's contrib modules: pip install opencv-contrib-python-headless (and no other "
-                    "OpenCV beside it); --masks grid5 needs none")
+    common.need_opencv("--masks fh", "--masks grid5")
 
     def write(k, file):
         Image.fromarray(felzenszwalb(source.photo(k), scales)).save(file, "png")
@@ -263,7 +252,7 @@ def read_mask(photo, folder, source):
         mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit grey
     if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):
         raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
-    if mask.shape[1::-1] not in (photo.size, reduced(photo.size)):
+    if mask.shape[1::-1] not in (photo.size, common.shrunk(photo.size)):
         raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {photo.size[0]} x {photo.size[1]}")
     return mask.astype(np.uint8) if mask.dtype == bool else mask
 

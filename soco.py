@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.utils import draw_bounding_boxes
@@ -221,9 +221,7 @@ def selective_search(photo):
     import cv2
     from cv2.ximgproc import segmentation as cv
     cv2.setNumThreads(1)  # every core has an image of its own
-    scale = min(1.0, 500 / max(photo.size))
-    size = [max(1, round(side * scale)) for side in photo.size]
-    image = np.asarray(photo.decode(scale).resize(size, Image.Resampling.BILINEAR))
+    image = photo.shrunk()
     search = cv.createSelectiveSearchSegmentation()
     search.addImage(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
     search.addGraphSegmentation(cv.createGraphSegmentation(0.9, 500, 10))
@@ -231,7 +229,7 @@ def selective_search(photo):
         cv.createSelectiveSearchSegmentationStrategyColor(), cv.createSelectiveSearchSegmentationStrategyTexture(),
         cv.createSelectiveSearchSegmentationStrategySize(), cv.createSelectiveSearchSegmentationStrategyFill()))
     x, y, w, h = np.unique(search.process(), axis=0).T
-    return np.stack([x, y, x + w, y + h], axis=1) * np.tile(np.divide(photo.size, size), 2)
+    return np.stack([x, y, x + w, y + h], axis=1) * np.tile(np.divide(photo.size, image.shape[1::-1]), 2)
 
 
 def keep_objects(boxes, size):
@@ -261,17 +259,12 @@ def random_boxes(size, n, rng):
     return np.stack([x, y, x + w, y + h], axis=1)
 
 
-
 PART = 64  # images whose boxes lie in one file until all are made
 
 
 def make_proposals(path, source, device):
     """Selective search in every image, by all processes together; what a killed run had finished is not done again."""
-    try:
-        from cv2.ximgproc import segmentation  # noqa: F401
-    except ImportError:
-        common.fail("selective search needs OpenCV's contrib modules: pip install opencv-contrib-python-headless (and no "
-                    "other OpenCV beside it); --proposals random needs none")
+    common.need_opencv("selective search", "--proposals random")
     folder = Path(f"{path}.{zlib.crc32(source.names):08x}.parts")
     parts = [folder / f"{k}.npz" for k in range(-(-len(source) // PART))]
 
@@ -318,7 +311,7 @@ def read_proposals(path, source):
     """The Proposals of a file that `save_proposals` describes; exits with 2 where it is none, or of other images."""
     try:
         with np.load(path) as arrays:
-            offsets, names = arrays["offsets"], arrays["names"].tobytes().decode(errors="replace").split("\0")
+            offsets, names = arrays["offsets"], arrays["names"].tobytes()
         boxes = mapped(path, "boxes")
         sound = (boxes.shape[1:] == (4,) and boxes.dtype.kind in "iuf" and offsets.ndim == 1 and offsets.dtype.kind in "iu"
                  and offsets[0] == 0 and offsets[-1] == len(boxes) and (offsets[1:] >= offsets[:-1]).all()
@@ -331,8 +324,8 @@ def read_proposals(path, source):
                     "`offsets` whole numbers that rise from 0 to M")
     if len(offsets) != len(source) + 1:
         common.fail(f"--proposals {path} has boxes of {len(offsets) - 1} images, but --data has {len(source)}")
-    here = source.names.tobytes().decode(errors="replace").split("\0")
-    if names != here:
+    if names != source.names.tobytes():
+        names, here = (x.decode(errors="replace").split("\0") for x in (names, source.names.tobytes()))
         i = next(i for i, pair in enumerate(zip_longest(names, here)) if pair[0] != pair[1])
         common.fail(f"--proposals {path} is of other images: number {i} is {names[i:i + 1]} there, {here[i:i + 1]} in --data")
     return Proposals(boxes, offsets)
