@@ -1,11 +1,8 @@
 """DetCon: the loss against a slow version, masks against painted pictures, the script as a user runs it."""
-import json
 import math
-import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,5 +1,4 @@
 """MoCo: the model against slow formulas, and the script as a user runs it."""
-import json
 import math
 import os
 import signal
@@ -7,7 +6,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
