@@ -1119,21 +1119,25 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, 
 class Parser(argparse.ArgumentParser):
     """The flags that all methods share; a method adds its own to `.own`.
 
-    Defaults come from `paper`, and from `demo` over it where no --data is given.
+    Defaults come from `paper`, and from `demo` over it where no --data is given. What trains a network that exists (transfer/)
+    has no demo, and says itself what its --data and --arch are.
     """
 
-    def __init__(self, doc, paper, demo):
+    def __init__(self, doc, paper, demo=None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        self.paper, self.demo = paper, demo
+        self.paper, self.demo = paper, demo or {}
         self.set_defaults(prepare=False)  # a flag of the methods that have something to make before training
-        self.own = self.add_argument_group("the paper's")
-        add = self.add_argument_group("common to all five methods").add_argument
+        self.own = self.add_argument_group("the paper's" if demo else "of this script")
+        add = self.add_argument_group("common to all" + (" five methods" if demo else "")).add_argument
         count = number(int, 1)
-        add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
+        if demo:
+            add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
+            add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
+            add("--size", type=number(int, 32), help="side of a view in pixels, 32 or more: the network's stride")
+            add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
+            add("--compile", action="store_true", help="torch.compile the model")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
             help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
-        add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
-        add("--size", type=number(int, 32), help="side of a view in pixels, 32 or more: the network's stride")
         add("--epochs", type=count, help="passes over the data")
         add("--batch-size", type=number(int, 2), help="images a step, over all processes")
         add("--lr", type=number(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
@@ -1143,9 +1147,7 @@ class Parser(argparse.ArgumentParser):
         add("--max-steps", type=count, help="stop early, with a checkpoint (default: no)")
         add("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
         add("--print-every", type=count, help="steps between lines of the log")
-        add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
         add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on CUDA)")
-        add("--compile", action="store_true", help="torch.compile the model")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
     def format_help(self):
