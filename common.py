@@ -151,8 +151,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, on the CPU, where torch has none: [N, C] or [N, C, H, W], the same N
-    in every process."""
+    """BatchNorm over the batches of all processes, on the CPU, where torch has none: [N, C] or [N, C, H, W]."""
 
     def _check_input_dim(self, x):
         pass
@@ -161,10 +160,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if world_size() == 1 or not self.training:
             return super().forward(x)
         var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        means, variances = all_gather(torch.stack([mean, var])[None]).unbind(dim=1)  # [world, C] each
-        mean = means.mean(dim=0)
-        var = (variances + (means - mean) ** 2).mean(dim=0)
-        count = x.numel() // len(mean) * world_size()
+        count = torch.full_like(mean, x.numel() // len(mean))
+        counts, means, variances = all_gather(torch.stack([count, mean, var])[None]).unbind(dim=1)  # [world, C] each
+        count = counts.sum(dim=0)
+        mean = (counts / count * means).sum(dim=0)
+        var = (counts / count * (variances + (means - mean) ** 2)).sum(dim=0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -808,19 +808,21 @@ def global_batches(images, batch_size, seed, first, last):
 
 
 class Loader:
-    """`views` of the images that `batches`, lists of (epoch, index), name: dicts of tensors on the device.
+    """`views` of the images that `batches`, lists of (epoch, index), name: dicts of tensors, or with a `collate` of its own of
+    lists of them, on the device.
 
     Names each undecodable file once, and ends the program when they are more than 1 % of the files seen. `.waited` is
     the time spent waiting for images, in seconds.
     """
 
-    def __init__(self, source, views, batches, workers, device, seed=0):
+    def __init__(self, source, views, batches, workers, device, seed=0, collate=None):
         self.source, self.device, self.waited, self.seen = source, device, 0.0, 0
         self.loader = DataLoader(Views(source, views, seed), batch_sampler=batches, num_workers=workers,
-                                 pin_memory=device.type == "cuda",
+                                 collate_fn=collate, pin_memory=device.type == "cuda",
                                  multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
+        to = lambda x: [to(y) for y in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
         start, batches = time.perf_counter(), iter(self.loader)
         while True:
             try:
@@ -831,7 +833,7 @@ class Loader:
                 return
             self.waited += time.perf_counter() - start
             self.count(batch.pop("bad"))
-            yield {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+            yield {name: to(x) for name, x in batch.items()}
             start = time.perf_counter()
 
     def count(self, reports):
@@ -847,8 +849,8 @@ class Loader:
 
 # --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
 
-ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard",
-                "prepare"}
+ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard", "prepare",
+                "train", "val", "eval_every"}
 
 
 @contextmanager
@@ -938,10 +940,10 @@ class Run:
              generators={"torch": torch.get_rng_state()})  # each step seeds its own; kept for draws in between
         self.restart_clock()
 
-    def batches(self, views, device):
+    def batches(self, views, device, collate=None):
         """What is left of the run: every batch of `views` of the data, on the device, across epochs."""
         steps = global_batches(len(self.source), self.args.batch_size, self.args.seed, self.step, self.last)
-        self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed)
+        self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed, collate)
         self.restart_clock()
         return self.loader
 
@@ -1126,7 +1128,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, paper, demo=None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.paper, self.demo = paper, demo or {}
-        self.set_defaults(prepare=False)  # a flag of the methods that have something to make before training
+        self.set_defaults(prepare=False, data=None)  # --prepare: of the methods that have something to make before training
         self.own = self.add_argument_group("the paper's" if demo else "of this script")
         add = self.add_argument_group("common to all" + (" five methods" if demo else "")).add_argument
         count = number(int, 1)

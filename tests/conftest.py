@@ -48,6 +48,43 @@ def write_pictures(folder, count, size=40, seed=0):
     return Path(folder)
 
 
+def runs(mask):
+    """COCO's run lengths of a mask [H, W] bool: of outside, inside, outside, ..., column by column."""
+    flat = np.concatenate([[False], mask.flatten(order="F")])
+    return np.diff(np.concatenate([np.flatnonzero(np.diff(flat)), [len(flat) - 1]]), prepend=0).tolist()
+
+
+def write_scenes(folder, count, size=64, seed=0):
+    """Drawn scenes as PNG with COCO annotations, whose category ids are 10, 20, ...; keypoints are a box's upper corners."""
+    shapes, names = common.Shapes(count, size, seed), list(common.KINDS)
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True)
+    notes = {"images": [], "annotations": [], "categories": [
+        {"id": 10 * (k + 1), "name": name, "keypoints": ["left_top", "right_top"]} for k, name in enumerate(names)]}
+    for i in range(count):
+        image, boxes, masks, classes = shapes.scene(i)
+        Image.fromarray(image).save(folder / "images" / f"{i}.png")
+        notes["images"].append({"id": 100 + i, "file_name": f"{i}.png", "width": size, "height": size})
+        for (x1, y1, x2, y2), mask, k in zip(boxes.tolist(), masks, classes.tolist()):
+            notes["annotations"].append({
+                "id": len(notes["annotations"]) + 1, "image_id": 100 + i, "category_id": 10 * (k + 1), "iscrowd": 0,
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "num_keypoints": 2,
+                "segmentation": {"size": [size, size], "counts": runs(mask)}, "keypoints": [x1, y1, 2, x2, y1, 2]})
+    (folder / "notes.json").write_text(json.dumps(notes))
+    return folder
+
+
+def write_checkpoint(path, method, model, arch):
+    """A last.pt with drawn BN statistics, as if `model` had been trained."""
+    for name, x in model.state_dict().items():
+        if name.endswith("running_mean"):
+            x.copy_(0.1 * torch.randn(len(x)))
+        if name.endswith("running_var"):
+            x.copy_(0.5 + torch.rand(len(x)))
+    common.save(path, model=model.state_dict(), optimizer={}, epoch=0, step=0, method=method, settings={"arch": arch}, generators={})
+    return path
+
+
 def run_script(module, monkeypatch, *argv):
     """module.main() as the command line runs it; gives the exit code."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])

@@ -1,4 +1,4 @@
-"""transfer/: COCO's annotations as masks."""
+"""transfer/coco_masks.py: COCO's annotations as masks."""
 import json
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from PIL import Image
 
 import common
 import detcon
-from conftest import ROOT
+from conftest import ROOT, runs
 from transfer import coco_masks
 
 
@@ -23,11 +23,6 @@ def packed(counts):
             more = not (value == 0 and not low & 16 or value == -1 and low & 16)
             text += chr(48 + (low | 32 if more else low))
     return text
-
-
-def runs(mask):
-    flat = np.concatenate([[False], mask.flatten(order="F")])
-    return np.diff(np.concatenate([np.flatnonzero(np.diff(flat)), [len(flat) - 1]]), prepend=0).tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))

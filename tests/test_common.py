@@ -274,3 +274,27 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
         draws.append(torch.rand(5))
     common.seed_device(3, 41, 1)
     assert torch.equal(*draws) and not torch.equal(draws[0], torch.rand(5))
+
+
+def synchronised(x, first):
+    """Statistics and gradients of a batch x whose first `first` rows are process 0's."""
+    torch.manual_seed(0)
+    norm = common.SyncBatchNorm(x.shape[1]).double()
+    rows = torch.from_numpy(x)
+    mine = rows if common.world_size() == 1 else (rows[:first] if common.rank() == 0 else rows[first:])
+    mine = mine.clone().requires_grad_()
+    y = norm(mine)
+    (y * y.detach().cos() + y ** 3).sum().backward()
+    return y.detach().numpy(), mine.grad.numpy(), norm.running_mean.numpy(), norm.running_var.numpy()
+
+
+def test_synchronised_bn_of_uneven_batches_is_bn_of_them_all():
+    x = np.random.default_rng(0).normal(1, 2, (7, 3, 4, 4))
+    one, two = synchronised(x, 5), in_processes(2, synchronised, x, 5)
+    for k in (0, 1):
+        assert np.allclose(np.concatenate([two[0][k], two[1][k]]), one[k], atol=1e-12)
+    for k in (2, 3):
+        assert np.allclose(two[0][k], one[k], atol=1e-12) and np.allclose(two[1][k], one[k], atol=1e-12)
+    theirs = torch.nn.BatchNorm2d(3).double()
+    assert np.allclose(theirs(torch.from_numpy(x)).detach().numpy(), one[0], atol=1e-12)
+    assert np.allclose(theirs.running_var.numpy(), one[3], atol=1e-12)

@@ -1,0 +1,299 @@
+"""transfer/detect.py: targets, filling from a checkpoint, AP, and runs of torchvision's detectors."""
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import common
+import moco
+import soco
+from conftest import ROOT, in_processes, rows, run_script, weights, without_speed, write_checkpoint, write_scenes
+from transfer import convert, detect
+
+ARCH = "resnet18w0.25"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    return write_scenes(root / "train", 12), write_scenes(root / "val", 5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    models = {"soco": soco.SoCo(ARCH, "fpn", hidden=8, dim=8), "moco": moco.MoCo(ARCH, 8, queue=8)}
+    return {method: (write_checkpoint(folder / f"{method}.pt", method, model, ARCH), model) for method, model in models.items()}
+
+
+def arguments(scenes, out, *more, init="random"):
+    part = lambda name, folder: [f"--{name}", folder / "images", folder / "notes.json"]
+    arch = ["--arch", ARCH] if init == "random" else []
+    return ["--init", init, *arch, *part("train", scenes[0]), *part("val", scenes[1]), "--out", out, "--size", 64, 64, "--rois", 16,
+            "--batch-size", 4, "--epochs", 2, "--print-every", 1, *more]
+
+
+def run(monkeypatch, *argv):
+    return run_script(detect, monkeypatch, *argv)
+
+
+def annotated(folder, **kwargs):
+    return detect.Annotated(folder / "images", folder / "notes.json", training=True, **kwargs)
+
+
+def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
+    source, shapes = annotated(scenes[0]), common.Shapes(12, 64)
+    for i in range(12):
+        batch = detect.example(source.photo(i), None, source, masks=True, keypoints=True)
+        n = int(source.name(i).partition(".")[0])
+        image, boxes, masks, classes = shapes.scene(n)
+        assert source.ids[i] == 100 + n and np.array_equal(batch["image"].permute(1, 2, 0), image)
+        assert np.array_equal(batch["boxes"], boxes) and np.array_equal(batch["masks"], masks)
+        assert (batch["labels"] - 1).tolist() == classes.tolist()
+        assert np.array_equal(batch["keypoints"][:, 0, :2], boxes[:, :2])
+
+
+def test_a_mirrored_example_is_mirrored_whole(scenes):
+    source = annotated(scenes[0])
+    plain, other = (detect.example(source.photo(3), None, source, masks=True, keypoints=True) for _ in range(2))
+    other = detect.mirrored(other, source.keypoints)
+    assert torch.equal(other["image"], plain["image"].flip(2)) and not torch.equal(other["image"], plain["image"])
+    inner = torchvision.ops.masks_to_boxes(other["masks"])                                # its right and lower edge are pixels
+    assert torch.equal(inner + torch.tensor([0, 0, 1, 1]), other["boxes"])
+    assert torch.equal(other["keypoints"][:, 0, :2], other["boxes"][:, :2])               # left_top is on the left again
+    assert torch.equal(other["keypoints"][:, 1, :2], other["boxes"][:, [2, 1]])
+    again = detect.mirrored(other, source.keypoints)
+    assert all(torch.equal(again[name], plain[name]) for name in ("image", "boxes", "masks", "keypoints"))
+
+
+def test_crowds_and_images_without_objects_are_not_trained_on(tmp_path):
+    folder = write_scenes(tmp_path / "a", 4)
+    notes = json.loads((folder / "notes.json").read_text())
+    first = [note for note in notes["annotations"] if note["image_id"] == 100]
+    second = [note for note in notes["annotations"] if note["image_id"] == 101]
+    for note in first:
+        note["iscrowd"] = 1
+    second[0]["bbox"][2] = 0                                                              # no width
+    (folder / "notes.json").write_text(json.dumps(notes))
+    source = annotated(folder)
+    assert [source.name(i) for i in range(len(source))] == ["1.png", "2.png", "3.png"]
+    assert len(source.note(0)[2]) == len(second) - 1
+    assert len(detect.Annotated(folder / "images", folder / "notes.json", training=False)) == 4
+
+
+@pytest.mark.parametrize("model", list(detect.LOWEST))
+@pytest.mark.parametrize("method", ["soco", "moco"])
+def test_every_tensor_of_a_checkpoint_lands_and_gives_the_same_features(checkpoints, model, method):
+    path, pretrained = checkpoints[method]
+    online = (pretrained.online if method == "soco" else pretrained.encoder_q).eval()
+    tensors, _, _ = convert.read(path)
+    detector = detect.build(model, ARCH, 3, keypoints=2, size=(64, 64)).eval()
+    before = {name: x.clone() for name, x in detector.state_dict().items()}
+    detect.fill(detector, tensors, model)
+    x = torch.randn(1, 3, 128, 128)
+    stages = online.backbone(x)
+    lowest = detect.LOWEST[model]
+    body = detector.backbone.body(x)
+    assert all(torch.allclose(body[str(k - lowest)], stages[k - 2], atol=1e-5) for k in range(lowest, 6))
+    changed = {name for name, y in detector.state_dict().items() if not torch.equal(y, before[name])}
+    kept = [name for name in before if name.startswith("backbone.") and name not in changed and before[name].ndim > 1]
+    if method == "soco":
+        pyramid = online.fpn(dict(enumerate(stages)))
+        ours = detector.backbone.fpn({str(k - lowest): stages[k - 2] for k in range(lowest, 6)})
+        if lowest == 2:
+            assert all(torch.allclose(ours[str(k)], pyramid[k], atol=1e-5) for k in range(4)) and not kept
+            rois = torch.randn(3, 64, 7, 7)
+            assert torch.allclose(detector.roi_heads.box_head(rois), online.head(rois), atol=1e-5)
+        else:
+            assert all(torch.allclose(ours[str(k)], pyramid[k + 1], atol=1e-5) for k in range(3))
+            assert all("extra_blocks" in name for name in kept)                           # P6 and P7 are the detector's own
+    else:
+        assert kept and all(".fpn." in name for name in kept)
+
+
+@pytest.mark.parametrize("model", list(detect.LOWEST))
+def test_every_detector_trains_and_is_judged(scenes, checkpoints, tmp_path, monkeypatch, capsys, model):
+    more = ["--head", "2fc"] if model == "keypointrcnn" else []
+    init = checkpoints["soco"][0]
+    assert run(monkeypatch, *arguments(scenes, tmp_path, "--model", model, "--epochs", 1, *more, init=init)) == 0
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [1, 2, 3, 3] and all(np.isfinite(row["loss"]) for row in log[:3])
+    assert {"maskrcnn": "mask_AP", "keypointrcnn": "keypoint_AP"}.get(model, "AP") in log[3] and 0 <= log[3]["AP"] <= 100
+    said = capsys.readouterr().out
+    assert ("roi_heads.box_head; new" in said) == (model in ("fasterrcnn", "maskrcnn"))
+
+
+@pytest.fixture(scope="module")
+def learned(scenes, tmp_path_factory):
+    """The folder of an FCOS that has seen 12 scenes 40 times, and is judged on them."""
+    out = tmp_path_factory.mktemp("learned")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plan = arguments((scenes[0], scenes[0]), out, "--model", "fcos", "--epochs", 40, "--lr", 0.2, "--print-every", 30)
+        assert run(monkeypatch, *plan) == 0
+    return out
+
+
+def test_a_detector_learns_a_few_scenes_by_heart(learned):
+    assert rows(learned)[-1]["AP50"] > 20
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(scenes, tmp_path, monkeypatch):
+    assert run(monkeypatch, *arguments(scenes, tmp_path / "whole")) == 0
+    for steps in (2, 4, 6):
+        assert run(monkeypatch, *arguments(scenes, tmp_path / "parts", "--max-steps", steps)) == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(x, parts[name]) for name, x in whole.items())
+    assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "parts"))
+
+
+def test_two_processes_train_under_torchrun_and_one_goes_on(scenes, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "transfer" / "detect.py")]
+    plan = arguments(scenes, tmp_path, "--eval-every", 1)
+    done = subprocess.run([*command, *map(str, plan), "--max-steps", "4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run(monkeypatch, *plan) == 0
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [1, 2, 3, 3, 4, 5, 6, 6] and "AP" in log[3] and "AP" in log[-1]
+
+
+def judged(folder, out, batch_size):
+    detector = detect.build("fcos", ARCH, 12, size=(64, 64))
+    detector.load_state_dict(weights(out))
+    source = detect.Annotated(folder / "images", folder / "notes.json", training=False)
+    args = argparse.Namespace(batch_size=batch_size, workers=0, amp="off", model="fcos")
+    return detect.evaluate(detector, source, folder / "notes.json", args, torch.device("cpu"))
+
+
+def test_two_processes_find_the_same_ap_as_one(scenes, learned):
+    one, (first, second) = judged(scenes[0], learned, 2), in_processes(2, judged, scenes[0], learned, 4)
+    assert one == first and second == {} and one["AP50"] > 20
+
+
+def test_a_frozen_backbone_stays_bit_for_bit_and_the_rest_learns(scenes, checkpoints, tmp_path, monkeypatch):
+    path, model = checkpoints["soco"]
+    before = {f"backbone.body.{name}": x for name, x in model.online.backbone.state_dict().items()}
+    assert run(monkeypatch, *arguments(scenes, tmp_path, "--freeze", init=path)) == 0
+    after = weights(tmp_path)
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    assert not torch.equal(after["backbone.fpn.inner_blocks.0.0.weight"], model.online.fpn.inner_blocks[0][0].weight)
+
+
+def test_torchvisions_weights_of_a_resnet_are_an_init(scenes, tmp_path, monkeypatch):
+    network = common.resnet(ARCH)
+    torch.save({**network.state_dict(), "fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
+    plan = arguments(scenes, tmp_path / "out", "--max-steps", 1, "--lr", 0, "--arch", ARCH, init=tmp_path / "resnet.pth")
+    assert run(monkeypatch, *plan) == 0
+    assert torch.equal(weights(tmp_path / "out")["backbone.body.conv1.weight"], network.conv1.weight)
+
+
+def test_ap_is_what_it_is_by_hand(tmp_path):
+    box = lambda n, image, k, x: {"id": n, "image_id": image, "category_id": k, "bbox": [x, 10, 40, 40], "area": 1600, "iscrowd": 0}
+    notes = {"images": [{"id": 1, "width": 200, "height": 100, "file_name": "1.png"}], "categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "b"}],
+             "annotations": [box(1, 1, 5, 10), box(2, 1, 5, 110), box(3, 1, 6, 60)]}
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    found = lambda k, x, score: {"image_id": 1, "category_id": k, "bbox": [x, 10, 40, 40], "score": score}
+    ap = lambda *rows: detect.coco_ap(tmp_path / "notes.json", list(rows), ["bbox"])
+    assert ap(found(5, 10, 0.9), found(5, 110, 0.8), found(6, 60, 0.7)) == {"AP": 100, "AP50": 100, "AP75": 100}
+    assert ap() == {"AP": 0, "AP50": 0, "AP75": 0}
+    half = 51 / 101                                                                       # class a: precision 1 up to recall 0.5
+    assert ap(found(5, 10, 0.9))["AP"] == pytest.approx(100 * half / 2, abs=0.01)
+    shifted = ap(found(5, 20, 0.9), found(5, 120, 0.8), found(6, 70, 0.7))                # IoU 30 / 50 = 0.6
+    assert shifted["AP50"] == 100 and shifted["AP75"] == 0 and shifted["AP"] == pytest.approx(30, abs=0.01)
+
+
+def test_detections_become_cocos_rows():
+    mask = np.zeros((6, 8), bool)
+    mask[1:3, 2:7] = True
+    output = {"boxes": torch.tensor([[2.0, 1, 7, 3]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5]),
+              "masks": torch.from_numpy(mask)[None, None].float()}
+    row, = detect.detections(output, 17, [10, 30])
+    assert row["image_id"] == 17 and row["category_id"] == 30 and row["bbox"] == [2, 1, 5, 2]
+    assert np.array_equal(detect.decode(row["segmentation"], (8, 6)), mask)
+
+
+def change(notes, kind):
+    if kind == "unknown category":
+        notes["annotations"][0]["category_id"] = 7
+    elif kind == "no categories":
+        del notes["categories"]
+    elif kind == "another class":
+        notes["categories"][3]["name"] = "horse"
+    elif kind == "missing image":
+        notes["images"][2]["file_name"] = "gone.png"
+    elif kind == "wrong size":
+        for image in notes["images"]:
+            image["width"] = 65
+    elif kind == "no keypoints":
+        for note in notes["annotations"]:
+            del note["keypoints"]
+    elif kind == "unbounded":
+        notes["annotations"][0]["bbox"] = [1, 2, 3]
+    return notes
+
+
+@pytest.mark.parametrize("kind, says, more", [
+    ("unknown category", "category 7", []), ("no categories", "no file of COCO annotations", []), ("another class", "horse", []),
+    ("missing image", "lacks 1 of the 12 images", []), ("wrong size", "its annotations 65 x 64", []),
+    ("no keypoints", "annotates nothing with keypoints", ["--model", "keypointrcnn"]), ("unbounded", "no file of COCO annotations", [])])
+def test_wrong_annotations_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, kind, says, more):
+    folder = write_scenes(tmp_path / "train", 12)
+    (folder / "notes.json").write_text(json.dumps(change(json.loads((folder / "notes.json").read_text()), kind)))
+    assert run(monkeypatch, *arguments((folder, scenes[1]), tmp_path / "out", *more)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and says in errors[0]
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--size", 96, 64], "the smaller comes first"), (["--batch-size", 64], "take a smaller --batch-size"), (["--arch", "resnet17"], "unknown --arch"),
+    (["--init", "nothing.pt"], "cannot be read"), (["--arch", "resnet18w0.1", "--model", "fcos"], "a width of a quarter")])
+def test_wrong_flags_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, more, says):
+    assert run(monkeypatch, *arguments(scenes, tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_arch_is_refused(scenes, checkpoints, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *arguments(scenes, tmp_path, "--arch", "resnet34", init=checkpoints["moco"][0])) == 2
+    assert "is a resnet18w0.25, not --arch resnet34" in capsys.readouterr().err
+    torch.save(common.resnet(ARCH).state_dict(), tmp_path / "resnet.pth")
+    assert run(monkeypatch, *arguments(scenes, tmp_path, init=tmp_path / "resnet.pth")) == 2
+    assert "is no resnet50" in capsys.readouterr().err
+
+
+def test_without_pycocotools_it_says_what_to_install(scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
+    assert run(monkeypatch, *arguments(scenes, tmp_path)) == 2
+    assert "pip install pycocotools" in capsys.readouterr().err
+
+
+class Blind(torch.nn.Module):
+    def forward(self, images):
+        return [{} for _ in images]
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_no_other_counts_twice(tmp_path, monkeypatch, capsys):
+    folder, seen = write_scenes(tmp_path / "val", 101, size=16), []
+    (folder / "images" / "2.png").write_bytes(b"torn")
+    monkeypatch.setattr(detect, "coco_ap", lambda path, rows, kinds: seen.extend(rows) or {})
+    monkeypatch.setattr(detect, "detections", lambda output, image, classes: [image])
+    source = detect.Annotated(folder / "images", folder / "notes.json", training=False)
+    args = argparse.Namespace(batch_size=4, workers=0, amp="off", model="fasterrcnn")
+    detect.evaluate(Blind(), source, folder / "notes.json", args, torch.device("cpu"))
+    assert sorted(seen) == [i for i in range(100, 201) if i != 102] and "2.png" in capsys.readouterr().err
+
+
+def test_pictures_are_decoded_upright_as_annotated(tmp_path):
+    folder = write_scenes(tmp_path / "a", 2)
+    picture = Image.open(folder / "images" / "0.png")
+    picture.getexif()[0x0112] = 2                                                         # stored mirrored
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "images" / "0.png", exif=picture.getexif())
+    source = annotated(folder)
+    batch = detect.example(source.photo(0), None, source)
+    assert np.array_equal(batch["image"].permute(1, 2, 0), common.Shapes(2, 64).scene(0)[0])

@@ -1,0 +1,361 @@
+"""Fine-tunes torchvision's detectors from a checkpoint, on any images with COCO annotations: what train_net.py does, without
+Detectron2.
+
+    python transfer/detect.py --init runs/soco/last.pt --train IMAGES TRAIN.json --val IMAGES VAL.json
+    python transfer/detect.py --init random ...                          from nothing; or torchvision's resnet50-*.pth
+    python transfer/detect.py --model maskrcnn|keypointrcnn|retinanet|fcos ...
+    python transfer/detect.py --freeze ...                               DetCon's frozen features (its Sec. 4.3)
+    torchrun --nproc_per_node=8 transfer/detect.py ...                   as the papers: 1x on COCO, 16 images a step
+
+The backbone is filled from every method, FPN and box head from SoCo too. All norms are trained, over all processes. Writes
+last.pt, whose `model` has torchvision's names, and log.jsonl with COCO's AP (package pycocotools) to --out; the same command
+again goes on where it stopped.
+"""
+import contextlib
+import json
+import os
+import sys
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+from transfer import convert  # noqa: E402
+from transfer.coco_masks import decode  # noqa: E402
+
+DEFAULTS = dict(  # Detectron2's 1x schedule on COCO, which the papers take; lr is for 16 images a step
+    model="fasterrcnn", head="4conv1fc", size=[640, 800], rois=512, epochs=12, batch_size=16, lr=0.02, warmup=0.14, drops=[2 / 3, 8 / 9],
+    weight_decay=1e-4, print_every=50)
+LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fcos": 3}  # the pyramid's first level, by model
+
+
+# --- Annotated images ------------------------------------------------------------------------------------------------
+
+class Annotated(common.ImageFolder):
+    """The images of a COCO annotation file. With `training` those that show something to learn, crowds aside.
+
+    `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. What the file says of an
+    image is kept as text in one buffer, which does not grow with each worker. Exits with 2 on a file that is none.
+    """
+
+    def __init__(self, folder, path, training, keypoints=False):
+        super().__init__(folder)
+        try:
+            notes = json.loads(Path(path).read_text())
+            self.classes = {x["id"]: x["name"] for x in sorted(notes["categories"], key=lambda x: x["id"])}
+            self.keypoints = next((x["keypoints"] for x in notes["categories"] if "keypoints" in x), [])
+            objects = {image["id"]: [] for image in notes["images"]}
+            for note in notes["annotations"]:
+                if note["category_id"] not in self.classes:
+                    common.fail(f"{path}: an object is of category {note['category_id']}, which `categories` lacks")
+                x, y, w, h = note["bbox"]
+                if not note.get("iscrowd") and w > 0 and h > 0 and (not keypoints or any(note.get("keypoints", [])[2::3])):
+                    objects[note["image_id"]].append({
+                        name: note.get(name) for name in ("category_id", "bbox", "segmentation", "keypoints")})
+            images = [image for image in notes["images"] if objects[image["id"]] or not training]
+            names = [os.fsencode(image["file_name"]) for image in images]
+            texts = [json.dumps([image.get("width"), image.get("height"), objects[image["id"]]]).encode() for image in images]
+            self.ids = np.array([image["id"] for image in images])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            common.fail(f"{path} is no file of COCO annotations ({type(error).__name__}: {error})")
+        missing = sorted(set(names) - set(self.names.tobytes().split(b"\0")))
+        if missing:
+            common.fail(f"{folder} lacks {len(missing)} of the {len(names)} images of {path}: {os.fsdecode(missing[0])}")
+        if not names:
+            common.fail(f"{path} annotates nothing" + " with keypoints" * keypoints)
+        self.names = np.frombuffer(b"\0".join(names) + b"\0", np.uint8)
+        self.ends = np.flatnonzero(self.names == 0)
+        self.notes, self.note_ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
+
+    def note(self, i):
+        """[width, height, objects] of image i, as the file has them."""
+        return json.loads(self.notes[self.note_ends[i]:self.note_ends[i + 1]])
+
+    def identity(self):
+        return {**super().identity(), "annotations": zlib.crc32(self.notes), "classes": list(self.classes.values())}
+
+
+def example(photo, rng, source, masks=False, keypoints=False, flip=False):
+    """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is the ground;
+    with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
+    width, height, objects = source.note(photo.index)
+    if (width or photo.size[0], height or photo.size[1]) != photo.size:
+        raise common.Unreadable(f"it has {photo.size[0]} x {photo.size[1]} pixels, its annotations {width} x {height}")
+    order = list(source.classes)
+    boxes = np.array([note["bbox"] for note in objects], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]                                                          # x, y, w, h -> x1, y1, x2, y2
+    boxes = boxes.clip(0, np.tile(np.float32(photo.size), 2))
+    seen = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    batch = {"image": common.to_tensor(photo.decode()), "boxes": torch.from_numpy(boxes[seen]), "at": torch.tensor(photo.index),
+             "labels": torch.tensor([1 + order.index(objects[i]["category_id"]) for i in seen], dtype=torch.long)}
+    try:
+        if masks:
+            drawn = [decode(objects[i]["segmentation"], photo.size) for i in seen]
+            batch["masks"] = torch.from_numpy(np.array(drawn, np.uint8).reshape(-1, *photo.size[::-1]))
+        if keypoints:
+            points = [objects[i]["keypoints"] for i in seen]
+            batch["keypoints"] = torch.tensor(points, dtype=torch.float32).view(-1, len(source.keypoints), 3)
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise common.Unreadable(f"its annotations cannot be drawn: {error}") from error
+    return mirrored(batch, source.keypoints) if flip and rng.random() < 0.5 else batch
+
+
+def mirrored(batch, names):
+    """An example mirrored; keypoints called left_... and right_... change places."""
+    width = batch["image"].shape[-1]
+    batch |= {name: batch[name].flip(-1) for name in ("image", "masks") if name in batch}
+    x1, y1, x2, y2 = batch["boxes"].unbind(dim=1)
+    batch["boxes"] = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+    if "keypoints" in batch:
+        twin = lambda name: name.replace("left", "\0").replace("right", "left").replace("\0", "right")
+        points = batch["keypoints"][:, [names.index(twin(name)) if twin(name) in names else k for k, name in enumerate(names)]]
+        batch["keypoints"] = torch.stack([width - points[..., 0], points[..., 1], points[..., 2]], dim=-1)
+    return batch
+
+
+def lists(rows):
+    """Examples of different sizes as a batch: a list of each."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "index"}
+
+
+# --- Detectors -------------------------------------------------------------------------------------------------------
+
+def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), rois=512):
+    """torchvision's detector with trained norms, over all processes, in backbone, FPN and box head. size: range of the shorter
+    side in training, in pixels; tests are at the larger. rois: those of an image that train the box head. A backbone narrower than ResNet's has a detector as much narrower."""
+    norm, lowest = common.sync_batchnorm, LOWEST[model]
+    network = common.resnet(arch, norm)
+    channels = round(256 * min(1.0, network.width))
+    if lowest == 3 and channels % 64:
+        common.fail(f"--arch {arch}: the 32 norm groups of {model}'s head need a width of a quarter or a multiple of it")
+    extra = {"retinanet": LastLevelP6P7(network.channels[-1], channels), "fcos": LastLevelP6P7(channels, channels)}.get(model)
+    backbone = BackboneWithFPN(network, {f"layer{level - 1}": str(level - lowest) for level in range(lowest, 6)},
+                               network.channels[lowest - 2:], channels, extra, norm)
+    scales = dict(min_size=tuple(range(size[1], size[0] - 1, -32))[::-1], max_size=round(size[1] * 1333 / 800),
+                  image_mean=common.MEAN, image_std=common.STD)
+    if model == "fcos":
+        return FCOS(backbone, classes + 1, **scales)
+    if model == "retinanet":  # GroupNorm in a head that all levels share, as their statistics differ: torchvision's "v2"
+        anchors = AnchorGenerator(tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512)),
+                                  ((0.5, 1.0, 2.0),) * 5)
+        head = RetinaNetHead(channels, 9, classes + 1, norm_layer=partial(nn.GroupNorm, 32))
+        return RetinaNet(backbone, classes + 1, anchor_generator=anchors, head=head, **scales)
+    if head == "4conv1fc":
+        box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [4 * channels], norm_layer=norm)
+    else:
+        box_head = TwoMLPHead(channels * 7 * 7, 4 * channels)
+    parts = dict(box_head=box_head, box_predictor=FastRCNNPredictor(4 * channels, classes + 1), box_batch_size_per_image=rois,
+                 **scales)
+    if model == "maskrcnn":
+        return MaskRCNN(backbone, mask_head=MaskRCNNHeads(channels, [channels] * 4, 1),
+                        mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1), **parts)
+    if model == "keypointrcnn":
+        return KeypointRCNN(backbone, keypoint_head=KeypointRCNNHeads(channels, [2 * channels] * 8),
+                            keypoint_predictor=KeypointRCNNPredictor(2 * channels, keypoints), **parts)
+    return FasterRCNN(backbone, **parts)
+
+
+def fill(detector, tensors, model, head="4conv1fc"):
+    """Put the tensors of `convert.initial` where they belong -> what a checkpoint filled, and what is new, in words."""
+    named = {convert.torchvision_name(name, LOWEST[model]): x for name, x in tensors.items()}
+    named = {name: x for name, x in named.items() if name and (head == "4conv1fc" or "box_head" not in name)}
+    try:
+        report = detector.load_state_dict(named, strict=False)
+    except RuntimeError as error:
+        common.fail(f"--init does not fit the detector ({' '.join(str(error).split())[:100]})")
+    part = lambda names: sorted({".".join(name.split(".")[:2]) for name in names})
+    assert not report.unexpected_keys
+    return ", ".join(part(named)) or "nothing", ", ".join(part(report.missing_keys))
+
+
+class Trainee(nn.Module):
+    """The detector as the loop calls it. freeze: the backbone's weights and statistics stay as they are."""
+
+    def __init__(self, detector, freeze=False):
+        super().__init__()
+        self.detector, self.freeze = detector, freeze
+        detector.backbone.body.requires_grad_(not freeze)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze:
+            self.detector.backbone.body.eval()
+        return self
+
+    def forward(self, batch):
+        """batch: lists of what `example` gives -> the sum of torchvision's losses, and each."""
+        names = [name for name in ("boxes", "labels", "masks", "keypoints") if name in batch]
+        targets = [dict(zip(names, row)) for row in zip(*(batch[name] for name in names))]
+        losses = self.detector([x.float() / 255 for x in batch["image"]], targets)
+        return sum(losses.values()), {name.replace("loss_", ""): x.detach() for name, x in losses.items()}
+
+
+# --- Average precision -----------------------------------------------------------------------------------------------
+
+def detections(output, image, classes):
+    """torchvision's detections in one image as rows of COCO's result format: pixels of the image, boxes x, y, w, h."""
+    from pycocotools import mask as rle
+    output = {name: x.float().cpu().numpy() for name, x in output.items()}
+    output["boxes"][:, 2:] -= output["boxes"][:, :2]
+    rows = [{"image_id": image, "category_id": classes[int(label) - 1], "score": float(score), "bbox": box.tolist()}
+            for label, score, box in zip(output["labels"], output["scores"], output["boxes"]) if label > 0]
+    for row, mask in zip(rows, output.get("masks", ())):
+        code = rle.encode(np.asfortranarray(mask[0] > 0.5, np.uint8))
+        row["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+    for row, points in zip(rows, output.get("keypoints", ())):
+        row["keypoints"] = points.flatten().tolist()
+    return rows
+
+
+@torch.no_grad()
+def evaluate(detector, source, path, args, device):
+    """COCO's AP, AP50 and AP75 in per cent, of boxes and of masks or keypoints: {"AP": 37.9, ..., "mask_AP": ...}, in process 0;
+    {} in the others, which have looked at their share of the images."""
+    view = partial(example, source=source)
+    mine = [(0, i) for i in range(common.rank(), len(source), common.world_size())]
+    size = max(1, args.batch_size // common.world_size())
+    training, found, classes = detector.training, {}, list(source.classes)
+    detector.eval()
+    batches = (mine[start:start + size] for start in range(0, len(mine), size))
+    for batch in common.Loader(source, view, batches, args.workers, device, collate=lists):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            outputs = detector([x.float() / 255 for x in batch["image"]])
+        for at, output in zip(batch["at"], outputs):  # by image: one that stands in for an undecodable one counts once
+            found[int(at)] = detections(output, int(source.ids[at]), classes)
+    detector.train(training)
+    shares = [found]
+    if common.world_size() > 1:
+        shares = [None] * common.world_size()
+        dist.all_gather_object(shares, found)
+    found = {i: rows for share in shares for i, rows in share.items()}
+    if common.rank() > 0:
+        return {}
+    kinds = ["bbox"] + {"maskrcnn": ["segm"], "keypointrcnn": ["keypoints"]}.get(args.model, [])
+    with contextlib.redirect_stdout(None):
+        return coco_ap(path, [row for rows in found.values() for row in rows], kinds)
+
+
+def coco_ap(path, rows, kinds):
+    """pycocotools' judgement of `rows`, in COCO's result format, against the annotations at `path`."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    notes, figures = json.loads(Path(path).read_text()), {}
+    for k, note in enumerate(notes["annotations"]):  # what annotators leave out and pycocotools needs
+        note.update({"id": k + 1, "iscrowd": note.get("iscrowd", 0), "area": note.get("area", note["bbox"][2] * note["bbox"][3])})
+    truth = COCO()
+    truth.dataset = {"info": {}, **notes}
+    truth.createIndex()
+    for kind in kinds:
+        values = [0.0] * 3
+        if rows:
+            judge = COCOeval(truth, truth.loadRes([dict(row) for row in rows]), kind)
+            points = max(len(note.get("keypoints", ())) // 3 for note in notes["annotations"])
+            if kind == "keypoints" and points != len(judge.params.kpt_oks_sigmas):
+                judge.params.kpt_oks_sigmas = np.full(points, 0.05)  # COCO's are those of a person's 17 keypoints
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+            values = [max(0.0, 100 * float(x)) for x in judge.stats[:3]]
+        prefix = {"bbox": "", "segm": "mask_", "keypoints": "keypoint_"}[kind]
+        figures |= {f"{prefix}{name}": round(x, 2) for name, x in zip(("AP", "AP50", "AP75"), values)}
+    return figures
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = common.Parser(__doc__, DEFAULTS)
+    convert.add_init(parser)
+    add = parser.own.add_argument
+    count = common.number(int, 1)
+    add("--train", nargs=2, required=True, metavar=("IMAGES", "JSON"), help="folder, and COCO annotations of images below it")
+    add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, for AP (default: no AP)")
+    add("--model", choices=list(LOWEST), help="which of torchvision's detectors")
+    add("--head", choices=["4conv1fc", "2fc"], help="box head: SoCo's and torchvision's v2, with norms, or the classic one")
+    add("--size", type=common.number(int, 32), nargs=2, help="range of the image's shorter side in training; tested at the larger")
+    add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs)")
+    add("--freeze", action="store_true", help="keep the backbone as it is (DetCon Sec. 4.3)")
+    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--drops", type=common.number(float, 0, 1), nargs="*", help="when the learning rate falls to a tenth, in shares of the run")
+    add("--weight-decay", type=common.number(float, 0), help="of all but norms and biases")
+    add("--eval-every", type=count, help="epochs between APs (default: at the end alone)")
+    args = parser.parse()
+    if args.size[0] > args.size[1]:
+        common.fail(f"--size {args.size[0]} {args.size[1]}: the smaller comes first")
+    if args.val:
+        try:
+            import pycocotools.cocoeval  # noqa: F401
+        except ImportError:
+            common.fail("AP needs the package pycocotools: pip install pycocotools, or leave --val out")
+    return args
+
+
+def main():
+    device = common.init_distributed()
+    torch.backends.cudnn.benchmark = False  # images have many sizes here
+    args = arguments()
+    masks, keypoints = args.model == "maskrcnn", args.model == "keypointrcnn"
+    source = Annotated(*args.train, training=True, keypoints=keypoints)
+    val = Annotated(*args.val, training=False, keypoints=keypoints) if args.val else None
+    if val and val.classes != source.classes:
+        here, there = source.classes.items(), val.classes.items()
+        common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}: {sorted(there ^ here)[0]} is in one alone")
+    if keypoints and not source.keypoints:
+        common.fail(f"{args.train[1]}: no category has `keypoints`")
+    if len(source) < args.batch_size:
+        common.fail(f"{len(source)} annotated images do not fill a batch of {args.batch_size}: take a smaller --batch-size")
+    tensors = convert.initial(args)
+    common.seed_device(args.seed)
+    detector = build(args.model, args.arch, len(source.classes), len(source.keypoints), args.head, args.size, args.rois)
+    filled, new = fill(detector, tensors, args.model, args.head)
+    layout = torch.contiguous_format if keypoints else torch.channels_last  # torchvision's keypoint loss knows no other
+    model = Trainee(detector, args.freeze).to(device, memory_format=layout).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD([{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+                                 {"params": [p for p in trained if p.ndim <= 1]}], lr=0.0, momentum=0.9)
+    run = common.Run(args, source, "detect", detector, optimizer)
+    if common.rank() == 0 and run.step == 0:
+        print(f"from {args.init}: {filled}; new: {new}")
+    views = partial(example, source=source, masks=masks, keypoints=keypoints, flip=True)
+    batches = run.batches(views, device, lists)
+    ddp = common.parallel(model, device)
+
+    for batch in batches:
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total,
+                                  round(args.warmup * run.steps_per_epoch), args.drops)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            loss, losses = ddp(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step += 1
+        if run.step % args.print_every == 0:
+            run.log(loss, losses, lr)
+        if val and (run.step == run.total or args.eval_every and run.step % (args.eval_every * run.steps_per_epoch) == 0):
+            run.write(evaluate(detector, val, args.val[1], args, device))
+            run.restart_clock()
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    run.summary(loss="the sum of the detector's")
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()
