@@ -1,0 +1,169 @@
+"""Fine-tune a Detectron2 detector as the papers do.
+
+    python transfer/train_net.py --config-file transfer/configs/soco-fpn-1x.yaml --num-gpus 8 MODEL.WEIGHTS soco.pkl
+
+The weights come from transfer/convert.py; README.md beside this file says which configuration is which table. What
+Detectron2's own keys can say is in the configurations. Here is what they cannot: BN after stage 5 in a C4 detector, FCOS
+from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), an evaluator for each data
+set. Writes to OUTPUT_DIR; the same command with --resume goes on, with --eval-only it evaluates MODEL.WEIGHTS.
+"""
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+
+try:
+    import detectron2.data.transforms as T
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
+    from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+    from detectron2.evaluation import (CityscapesInstanceEvaluator, COCOEvaluator, LVISEvaluator,
+                                       PascalVOCDetectionEvaluator)
+    from detectron2.layers import ShapeSpec, get_norm
+    from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_backbone
+    from detectron2.modeling.backbone import FPN, build_resnet_backbone
+    from detectron2.modeling.backbone.fpn import LastLevelP6P7
+    from detectron2.modeling.roi_heads import Res5ROIHeads
+except ImportError as error:
+    if __name__ == "__main__":
+        common.fail(f"Detectron2 cannot be imported ({error}): see its INSTALL.md")
+    DefaultTrainer = Res5ROIHeads = object  # the tests import the rest of this file without it
+
+
+# --- A share of COCO -------------------------------------------------------------------------------------------------
+
+def parse_subset(name):
+    """`coco_2017_train_5percent` -> ("coco_2017_train", 5, 0), with `_seed3` at the end ("coco_2017_train", 5, 3); None
+    for the name of a whole data set."""
+    match = re.fullmatch(r"(.+)_(\d+)percent(?:_seed(\d+))?", name)
+    return match and (match[1], int(match[2]), int(match[3] or 0))
+
+
+def draw(records, percent, seed):
+    """That percentage of the records, rounded, in their order: those whose (seed, image_id) hashes lowest.
+
+    records: dicts with an `image_id`, one an image with its annotations. A hash has no stream that may change with a
+    library's version: every machine draws the same images, in whatever order they come, and the 1 % are among the 2 %.
+    """
+    rank = lambda record: hashlib.sha256(f"{seed} {record['image_id']}".encode()).digest()
+    count = round(len(records) * percent / 100)
+    drawn = {record["image_id"] for record in sorted(records, key=rank)[:count]}
+    return [record for record in records if record["image_id"] in drawn]
+
+
+def register_subset(name):
+    """Make Detectron2 know the data set of this name, where `parse_subset` knows it and Detectron2 does not."""
+    if name in DatasetCatalog.list() or not parse_subset(name):
+        return
+    whole, percent, seed = parse_subset(name)
+    DatasetCatalog.register(name, lambda: draw(DatasetCatalog.get(whole), percent, seed))
+    metadata = MetadataCatalog.get(whole).as_dict()
+    MetadataCatalog.get(name).set(**{key: value for key, value in metadata.items() if key != "name"})
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+class Res5NormROIHeads(Res5ROIHeads):
+    """The C4 detector's head with one more BN after stage 5 (MoCo A.1); new, so no checkpoint has it."""
+
+    @classmethod
+    def _build_res5_block(cls, cfg):
+        res5, channels = super()._build_res5_block(cfg)
+        res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+        return res5, channels
+
+
+def build_fcos_resnet_fpn_backbone(cfg, input_shape):
+    """RetinaNet's pyramid, but P6 made from P5, not from c5: FCOS's."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(build_resnet_backbone(cfg, input_shape), cfg.MODEL.FPN.IN_FEATURES, channels, norm=cfg.MODEL.FPN.NORM,
+               top_block=LastLevelP6P7(channels, channels, in_feature="p5"), fuse_type=cfg.MODEL.FPN.FUSE_TYPE)
+
+
+def FCOSFromConfig(cfg):
+    """Detectron2's FCOS, which it offers without a YAML configuration; the settings are read from MODEL.RETINANET."""
+    from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead  # since Detectron2 0.6
+    settings, channels = cfg.MODEL.RETINANET, cfg.MODEL.FPN.OUT_CHANNELS
+    head = FCOSHead(input_shape=[ShapeSpec(channels=channels)] * len(settings.IN_FEATURES),
+                    num_classes=settings.NUM_CLASSES, conv_dims=[channels] * settings.NUM_CONVS, norm=settings.NORM,
+                    prior_prob=settings.PRIOR_PROB)
+    return FCOS(backbone=build_backbone(cfg), head=head, head_in_features=settings.IN_FEATURES,
+                num_classes=settings.NUM_CLASSES, focal_loss_alpha=settings.FOCAL_LOSS_ALPHA,
+                focal_loss_gamma=settings.FOCAL_LOSS_GAMMA, test_score_thresh=settings.SCORE_THRESH_TEST,
+                test_topk_candidates=settings.TOPK_CANDIDATES_TEST, test_nms_thresh=settings.NMS_THRESH_TEST,
+                max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+                pixel_mean=cfg.MODEL.PIXEL_MEAN, pixel_std=cfg.MODEL.PIXEL_STD)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+class Trainer(DefaultTrainer):
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        if not cfg.INPUT.SCALE_JITTER:
+            return build_detection_train_loader(cfg)
+        side, scale = cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.SCALE_JITTER
+        square = [T.ResizeScale(*scale, side, side), T.FixedSizeCrop((side, side)), T.RandomFlip()]  # DetCon A.1
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True, augmentations=square))
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        folder = output_folder or str(Path(cfg.OUTPUT_DIR, "inference"))
+        evaluators = {"coco": lambda: COCOEvaluator(dataset_name, output_dir=folder),             # keypoints too
+                      "lvis": lambda: LVISEvaluator(dataset_name, output_dir=folder),
+                      "pascal_voc": lambda: PascalVOCDetectionEvaluator(dataset_name),
+                      "cityscapes_instance": lambda: CityscapesInstanceEvaluator(dataset_name)}
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        if kind not in evaluators:
+            common.fail(f"no evaluator for {dataset_name} ({kind})")
+        return evaluators[kind]()
+
+
+def trainer_for(config_file, cfg):
+    """The class that trains a configuration; gives cfg the keys that the configuration needs beyond Detectron2's own."""
+    cfg.INPUT.SCALE_JITTER = []  # ours: the range of the longer side, in units of INPUT.MAX_SIZE_TRAIN
+    if not Path(config_file).name.startswith("densepose"):
+        return Trainer
+    try:
+        import densepose
+        from densepose.engine import Trainer as DensePoseTrainer
+    except ImportError as error:
+        common.fail(f"DensePose cannot be imported ({error}): it is projects/DensePose in Detectron2's repository")
+    densepose.add_densepose_config(cfg)
+    return DensePoseTrainer  # with its own loader and evaluator
+
+
+def main(args):
+    for registry, part in ((ROI_HEADS_REGISTRY, Res5NormROIHeads), (META_ARCH_REGISTRY, FCOSFromConfig),
+                           (BACKBONE_REGISTRY, build_fcos_resnet_fpn_backbone)):
+        if part.__name__ not in registry:
+            registry.register(part)
+    cfg = get_cfg()
+    trainer_class = trainer_for(args.config_file, cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    for name in cfg.DATASETS.TRAIN:
+        register_subset(name)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = trainer_class.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return trainer_class.test(cfg, model)
+    trainer = trainer_class(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    if not Path(arguments.config_file).is_file():
+        common.fail(f"--config-file {arguments.config_file or '(none given)'} is not a file; take one of transfer/configs")
+    trainer_for(arguments.config_file, get_cfg())  # what is missing is said here, once, not by every process
+    launch(main, arguments.num_gpus, num_machines=arguments.num_machines, machine_rank=arguments.machine_rank,
+           dist_url=arguments.dist_url, args=(arguments,))
