@@ -13,6 +13,7 @@ Writes last.pt, log.jsonl and views.png to --out; the same command again goes on
 the paper leaves open is decided where a comment says so.
 """
 import copy
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -108,9 +109,24 @@ class Encoder(nn.Module):
 
         The nine features are concatenated in the order in which they lie: the paper speaks of no shuffling.
         """
-        f = self.backbone(x, self.depth)
+        with running_statistics_kept(self.backbone):
+            f = self.backbone(x, self.depth)
         pooled = [f[i].mean(dim=(2, 3)).view(len(x) // 9, -1) for i in self.stages]       # [N, 9*C]
         return [normalised(mlp(p)) for p, mlp in zip(pooled, self.mlp_local)]
+
+
+@contextmanager
+def running_statistics_kept(backbone):
+    """BN normalises by its batch as ever, but its running statistics, with which the backbone will see whole images, do not hear
+    of it: nine patches an image would make most of them their own."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def normalised(x):

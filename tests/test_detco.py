@@ -38,6 +38,19 @@ def plain(model):
     return model.eval()
 
 
+def test_running_statistics_are_those_of_whole_views():
+    model, views = tiny(), a_batch()
+    views["p_q"] //= 8                                                                    # dark patches: other statistics
+    views["p_k"] //= 8
+    before = model.encoder_q.backbone.bn1.running_mean.clone()
+    model.photometric = common.Photometric()
+    model(views)
+    for encoder, x in ((model.encoder_q, views["x_q"]), (model.encoder_k, views["x_k"])):
+        norm = encoder.backbone.bn1
+        seen = encoder.backbone.conv1(model.photometric(x)).mean(dim=(0, 2, 3))
+        assert torch.allclose(norm.running_mean, before + 0.1 * (seen - before), atol=1e-6) and norm.num_batches_tracked == 1
+
+
 # --- views ---
 
 def test_sizes_are_the_papers_at_224_and_in_proportion_elsewhere():
