@@ -33,8 +33,8 @@ PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
 ABLATION = dict(temperature=0.2)  # with --augment moco
 
 DEMO = dict(
-    arch="resnet18w0.25", size=64, epochs=4, batch_size=64, warmup=0.5, print_every=32, min_area=0.4, queue=512,
-    momentum=0.95, augment="moco")
+    arch="resnet18w0.25", size=48, epochs=10, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95,
+    augment="moco")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def arguments():
 def main():
     device = common.init_distributed()
     args = arguments()
-    source, monitor = common.open_data(args, single=False)
+    source, monitor = common.open_data(args)
     common.compare_queue(args, source)
     common.seed_device(args.seed)
     model = DUPR(args.arch, args.alpha, args.beta, args.queue, args.patch_keys, args.momentum, args.temperature, args.dim,

@@ -31,7 +31,7 @@ PAPER = dict(  # version 2 on ImageNet; lr is for batch_size
 VERSION_1 = dict(temperature=0.07)  # and a linear head, v1's colours, lr / 10 at 120 and 160 of 200 epochs
 
 DEMO = dict(
-    arch="resnet18w0.25", size=32, epochs=16, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
+    arch="resnet18w0.25", size=32, epochs=16, lr=0.06, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

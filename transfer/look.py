@@ -1,0 +1,527 @@
+"""The papers' pictures, of any checkpoints and any folder of images; without --data of the shapes that the demos draw.
+
+    python transfer/look.py attention --init runs/detco/last.pt runs/moco/last.pt    where c5 is active: DetCo, Figures 5, 6
+    python transfer/look.py neighbours --init runs/detco/last.pt --data DIR          the nearest images: DetCo, Figure 7
+    python transfer/look.py patches --init runs/dupr/last.pt runs/moco/last.pt       patches found again: DUPR, Figure 7
+    python transfer/look.py iou --init runs/dupr/last.pt runs/moco/last.pt           do features tell places: DUPR, Figure 6
+    python transfer/look.py proposals --data DIR --proposals boxes.npz               SoCo, Figures 2, 3, and its views
+    python transfer/look.py masks --data DIR --masks grid5 fh                        DetCon, Figure 3
+    python transfer/look.py curves runs/moco runs/dupr --stats loss knn              what log.jsonl holds
+
+Each writes one picture, --out, the same for the same --seed. --init takes as many as there are to compare: a method's last.pt,
+torchvision's weights of a ResNet, or: random.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from torchvision.ops import box_iou
+from torchvision.utils import draw_segmentation_masks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+import detcon  # noqa: E402
+import dupr  # noqa: E402
+import soco  # noqa: E402
+from transfer import convert  # noqa: E402
+
+SIDE = 256                                                                           # of a picture on the page, in pixels
+CHART, FRAME = (520, 350), (64, 58, 504, 304)                                        # of a chart; of its axes, xyxy in it
+INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # of lines, for the colour-blind too
+HEAT = ["#00007f", "#0040ff", "#00d0d0", "#ffe000", "#e00000"]                       # of attention, from 0 to 1
+COLOURS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]  # of masks
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+def picture(x, side=SIDE):
+    """uint8 [3, S, S] -> PIL, side x side."""
+    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def lay(pictures, down=False, gap=8):
+    """Pictures beside each other, or below, on white."""
+    pictures = list(pictures)
+    ends = np.cumsum([p.size[down] + gap for p in pictures])
+    across = max(p.size[not down] for p in pictures)
+    sheet = Image.new("RGB", (across, int(ends[-1]) - gap) if down else (int(ends[-1]) - gap, across), "white")
+    for p, end in zip(pictures, ends):
+        start = int(end) - gap - p.size[down]
+        sheet.paste(p, (0, start) if down else (start, 0))
+    return sheet
+
+
+def titled(image, title):
+    sheet = ImageOps.expand(image, (0, 26, 0, 0), "white")
+    ImageDraw.Draw(sheet).text((0, 4), title, "black", ImageFont.load_default(16))
+    return sheet
+
+
+def table(columns):
+    """{title: pictures from top to bottom} -> one picture."""
+    rows = list(zip(*columns.values()))
+    return lay([lay(map(titled, rows[0], columns)), *map(lay, rows[1:])], down=True)
+
+
+def boxed(image, boxes, colours, labels=()):
+    """A picture with boxes [n, 4], in its pixels, and their labels."""
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for box, colour in zip(boxes.tolist(), colours):
+        pen.rectangle([*map(round, box)], outline=colour, width=3)
+    for (x, y, _, _), colour, label in zip(boxes.tolist(), colours, labels):
+        place = pen.textbbox((x + 4, y + 3), label, font)
+        pen.rectangle([place[0] - 3, place[1] - 2, place[2] + 2, place[3] + 2], fill=colour)
+        pen.text((x + 4, y + 3), label, "black", font)
+    return image
+
+
+def ticks(values):
+    """Some six round numbers that enclose the values."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * abs(high):
+        low, high = low - 0.5, high + 0.5
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(k * power for k in (1, 2, 2.5, 5, 10) if k * power >= (high - low) / 5 * (1 - 1e-9))
+    return np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1) * step
+
+
+def chart(title, lines, below):
+    """lines: {name: (x, y)}, over axes that end in ticks; below: what x is."""
+    left, top, right, bottom = FRAME
+    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")                       # twice as large, for smooth lines
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    text = lambda x, y, words, anchor: pen.text((2 * x, 2 * y), words, "black", font, anchor)
+    line = lambda points, ink, width: pen.line([(2 * x, 2 * y) for x, y in points], ink, width, "curve")
+    xs, ys = (ticks([value for points in lines.values() for value in points[k]]) for k in (0, 1))
+    at_x = lambda x: left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
+    at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
+    for x in xs:
+        line([(at_x(x), bottom), (at_x(x), bottom + 4)], "grey", 2)
+        text(at_x(x), bottom + 7, f"{x:.6g}", "ma")
+    for y in ys:
+        line([(left, at_y(y)), (right, at_y(y))], "grey" if y == ys[0] else "#dddddd", 2)
+        text(left - 6, at_y(y), f"{y:.6g}", "rm")
+    text(left, 10, title, "la")
+    text((left + right) / 2, bottom + 25, below, "ma")
+    legend = left
+    for k, (name, points) in enumerate(lines.items()):
+        ink, points = INK[k % len(INK)], [(at_x(x), at_y(y)) for x, y in zip(*points)]
+        line(points, ink, 4)
+        for x, y in points if len(points) < 30 else ():
+            pen.ellipse([2 * x - 6, 2 * y - 6, 2 * x + 6, 2 * y + 6], ink)
+        if len(lines) > 1:
+            line([(legend, 41), (legend + 16, 41)], ink, 6)
+            text(legend + 21, 41, name, "lm")
+            legend += 40 + pen.textlength(name, font) / 2
+    return sheet.reduce(2)
+
+
+# --- Networks and images ---------------------------------------------------------------------------------------------
+
+def networks(args, device):
+    """{name: backbone} of every --init. Fills in --size: that of the largest views in training, 224 where none is known, or
+    twice that."""
+    found, sizes = {}, []
+    for init in args.init:
+        torch.manual_seed(args.seed)
+        network = convert.backbone(argparse.Namespace(init=init, part=args.part, arch=args.arch))
+        name = Path(init).parent.name if Path(init).name == "last.pt" else Path(init).stem
+        found[init if name in ("", *found) else name] = network.eval().to(device)
+        state = {} if init == "random" else torch.load(init, map_location="cpu", weights_only=True)
+        sizes += [state["settings"]["size"]] if "settings" in state else []
+    args.size = args.size or args.times * max(sizes, default=224)
+    return found
+
+
+def stage(network, views, number):
+    """c2, c3, c4 or c5 of uint8 views [N, 3, S, S] as they are: [N, C, S/stride, S/stride]."""
+    return network(common.Photometric()(views), number - 1)[-1]
+
+
+def open_images(args, single=False):
+    if args.data is None:
+        return common.Shapes(args.shapes, args.size, args.seed, single).draw_all()
+    if "truth" in (getattr(args, "proposals", None), *(getattr(args, "masks", None) or ())):
+        common.fail("truth is for the drawn shapes: images of your own have none")
+    train = Path(args.data, "train")
+    return common.ImageFolder(train if args.data and train.is_dir() else args.data)
+
+
+def pick(args, source):
+    """--images of them, drawn at random: [n]."""
+    return np.random.default_rng((5, args.seed)).permutation(len(source))[:args.images]
+
+
+def load(args, source, view, images, device, draws=1):
+    """One batch: `view` of the images, then with draws of its own once more, and so on."""
+    items = [(draw, int(i)) for draw in range(draws) for i in images]
+    return next(iter(common.Loader(source, view, [items], 0, device, args.seed)))
+
+
+def workers(args, device):
+    return common.cores() if device.type == "cuda" and args.data else 0                   # on a CPU the network needs the cores
+
+
+def square(photo, rng, size, middle=False):
+    """The whole image made square, as SoCo's V1, or its middle, which kNN takes."""
+    crop = common.center_crop(photo.size) if middle else (0, 0, *photo.size)
+    return {"view": common.to_tensor(photo.cut([crop], [size])[0])}
+
+
+def open_proposals(args, source, device):
+    """proposals(photo, rng) -> [n, 4] xyxy pixels of the image."""
+    kind = args.proposals or ("truth" if args.data is None else args.otherwise)
+    if kind == "search":
+        common.need_opencv("--proposals search", "--proposals random")
+        return lambda photo, rng: soco.keep_objects(soco.selective_search(photo), photo.size)
+    if kind in ("random", "truth"):
+        return soco.open_proposals(argparse.Namespace(proposals=kind), source, device)[0]
+    return soco.read_proposals(kind, source)
+
+
+# --- Attention (DetCo, Sec. 6.3.1) -----------------------------------------------------------------------------------
+
+def attention_maps(c, stride, size):
+    """The mean over channels, 0 to 1 in each image, bilinearly made as large as the view: [N, C, h, w] -> [N, size, size]. A
+    cell covers stride x stride pixels, as in RoIAlign; the last may reach beyond the view."""
+    mean = c.float().mean(dim=1, keepdim=True)
+    mean = mean - mean.amin(dim=(2, 3), keepdim=True)
+    maps = mean / mean.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    return F.interpolate(maps, scale_factor=stride, mode="bilinear")[:, 0, :size, :size]
+
+
+def heated(image, heat):
+    """A picture under a map [S, S] in [0, 1]."""
+    heat = np.asarray(Image.fromarray(heat.cpu().numpy()).resize(image.size, Image.Resampling.BILINEAR))
+    inks = np.array([ImageColor.getrgb(ink) for ink in HEAT])
+    heat = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in inks.T], axis=2)
+    return Image.blend(image, Image.fromarray(heat.astype(np.uint8)), 0.5)
+
+
+def attention(args, device):
+    nets = networks(args, device)
+    source = open_images(args)
+    views = load(args, source, partial(square, size=args.size, middle=True), pick(args, source), device)["view"]
+    columns = {"image": [picture(x) for x in views]}
+    for name, network in nets.items():
+        maps = attention_maps(stage(network, views, args.stage), 2 ** args.stage, args.size)
+        columns[f"{name}, c{args.stage}"] = [*map(heated, columns["image"], maps)]
+    return table(columns)
+
+
+# --- Nearest neighbours (DetCo, Sec. 6.3.2) --------------------------------------------------------------------------
+
+def nearest(rows, queries, k):
+    """The k rows of [N, C], L2-normalised, most similar to each of those numbered `queries`, itself left out: [Q, k]."""
+    similarity = rows[queries] @ rows.T
+    similarity[torch.arange(len(queries)), queries] = -2
+    return similarity.topk(min(k, len(rows) - 1)).indices
+
+
+def neighbours(args, device):
+    nets = networks(args, device)
+    source = open_images(args, single=True)
+    if len(source) < 2:
+        common.fail("one image has no neighbours")
+    queries = pick(args, source)
+    classes = [os.path.dirname(source.name(i)) if args.data else i % len(common.KINDS) for i in range(len(source))]
+
+    def block(query, name, near):
+        row = [query, *near]
+        views = load(args, source, partial(square, size=SIDE // 2, middle=True), row, device)["view"]
+        inks = ["#00a000" if classes[i] == classes[query] else "#d00000" for i in near] if len(set(classes)) > 1 else []
+        framed = zip(views, ["white", *inks] + ["white"] * len(row))
+        return titled(lay((ImageOps.expand(picture(x, SIDE // 2), 4, ink) for x, ink in framed), gap=0), name)
+
+    found = []
+    for network in nets.values():
+        batches = common.features(network, source, range(len(source)), args.size, device, workers(args, device), args.stage)
+        rows = torch.cat([rows for _, rows in batches])                                   # [N, C]
+        found.append(nearest(rows, torch.from_numpy(queries).to(device), args.k).tolist())
+    names = [f"{name}, c{args.stage}" for name in nets]
+    return lay((block(q, name, near[n]) for n, q in enumerate(queries) for name, near in zip(names, found)), down=True, gap=2)
+
+
+# --- Correspondence (DUPR, Sec. 4.6.2) -------------------------------------------------------------------------------
+
+def matches(q, k):
+    """For each patch of one view the most similar of the other: features [N, C, h, w] each -> numbers [N, h*w], row by row."""
+    q, k = (F.normalize(x.float().flatten(2), dim=1) for x in (q, k))
+    return torch.einsum("ncp,ncr->npr", q, k).argmax(dim=2)
+
+
+def counterparts(points, box_q, box_k, turned):
+    """Where spots of one view lie in the other, and which of them both show.
+
+    points [P, 2] in pixels of view q; box_q and box_k [N, 1, 4], what both show, in pixels of each; turned [N]: one alone is
+    mirrored -> [N, P, 2] in pixels of view k, and bool [N, P].
+    """
+    share = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])                 # 0 to 1 across the intersection
+    seen = ((share >= 0) & (share <= 1)).all(dim=2)
+    mirrored = torch.stack([1 - share[..., 0], share[..., 1]], dim=2)
+    share = torch.where(turned[:, None, None], mirrored, share)
+    return box_k[..., :2] + share * (box_k[..., 2:] - box_k[..., :2]), seen
+
+
+def linked(left, right, starts, ends, found):
+    """Two views, with lines from `starts` in the one to `ends` in the other, [n, 2] in pixels of each; green where `found`."""
+    sheet = lay([left, right])
+    pen, offset = ImageDraw.Draw(sheet), torch.tensor([sheet.width - right.width, 0])
+    for good, *line in sorted(zip(found.tolist(), starts.tolist(), (ends + offset).tolist())):
+        ink = "#00e000" if good else "#ff3030"
+        pen.line([tuple(point) for point in line], ink, 1 + good)
+        for x, y in line:
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], ink, "black")
+    return sheet
+
+
+def patches(args, device):
+    nets = networks(args, device)
+    source, stride = open_images(args), 2 ** args.stage
+    images = pick(args, source)
+    batch = load(args, source, partial(dupr.two_views, size=args.size, min_area=args.min_area), images, device, draws=8)
+    areas = [(batch[box][:, 0, 2:] - batch[box][:, 0, :2]).prod(dim=1) / args.size ** 2 for box in ("box_q", "box_k")]
+    shared = (torch.minimum(*areas) * batch["overlap"]).view(8, -1)
+    draw = shared.clamp(max=0.25).argmax(dim=0)                                           # the first that shares a quarter
+    batch = {name: x[draw * len(images) + torch.arange(len(images), device=device)] for name, x in batch.items()}
+    common.seed_device(args.seed)
+    views = [(common.denormalised(dupr.photometric()(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
+    columns, scale = {}, SIDE / args.size
+    for name, network in nets.items():
+        c_q, c_k = (stage(network, x, args.stage) for x in views)
+        grid = torch.arange(c_q.shape[-1], device=device)
+        points = (torch.cartesian_prod(grid, grid).flip(1) + 0.5) * stride                # centres, x and y: [P, 2]
+        places = points[matches(c_q, c_k)]                                                # [N, P, 2]
+        truth, seen = counterparts(points, batch["box_q"], batch["box_k"], batch["flip_q"] ^ batch["flip_k"])
+        seen &= batch["overlap"][:, None]
+        found = ((places - truth).abs().amax(dim=2) <= stride) & seen                     # at most one patch off
+        every = -(-len(grid) // 8)                                                        # as many lines as can be told apart
+        some = grid % every == every // 2
+        drawn = seen & (some[:, None] & some).flatten()
+        columns[f"{name}, c{args.stage}: {found.sum() / seen.sum().clamp(min=1):.0%} of shared patches found"] = [
+            linked(*map(picture, pair), *((x[d] * scale).cpu() for x in (points, place)), good[d])
+            for *pair, place, d, good in zip(*views, places, drawn, found)]
+    return table(columns)
+
+
+# --- IoU and similarity (DUPR, Sec. 4.6.1) ---------------------------------------------------------------------------
+
+def rois_near(box, size, n, rng):
+    """n boxes in a view of `size`, their IoU with `box` spread over 0 to 1 as evenly as its place allows -> boxes [n, 4], IoUs
+    [n], rising."""
+    reach = rng.uniform(0, 1, (4000, 1))
+    centre, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    centre = centre + reach * rng.normal(0, 0.7, (4000, 2)) * side
+    side = side * np.exp(reach * rng.normal(0, 0.5, (4000, 2)))
+    boxes = np.concatenate([centre - side / 2, centre + side / 2], axis=1).clip(0, size)
+    boxes = np.concatenate([boxes[(boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= size / 28], box[None]])  # 8 pixels of 224
+    iou = box_iou(torch.from_numpy(box[None]), torch.from_numpy(boxes))[0].numpy()
+    closest = abs(iou - np.linspace(0, 1, n)[:, None]).argmin(axis=1)
+    return boxes[closest], iou[closest]
+
+
+def object_and_rois(photo, rng, proposals, size, n=20):
+    """The image made square, one of its boxes and n RoIs near it [1 + n, 4] in pixels of the view, and their IoU [n]."""
+    boxes = np.asarray(proposals(photo, rng), float)
+    image = np.array([0, 0, *photo.size], float)
+    box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else image, image, size)
+    rois, iou = rois_near(box, size, n, rng)
+    return {**square(photo, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(), "iou": torch.from_numpy(iou)}
+
+
+def similarity(c, boxes, stride):
+    """Eq. 9: features [N, C, h, w], boxes [N, 1 + n, 4], the object first -> [N, n]; S is 14, as the paper's for c4."""
+    pooled = F.normalize(common.roi_align(c, boxes, 14, stride), dim=1).unflatten(0, boxes.shape[:2])  # [N, 1 + n, C, S, S]
+    return (pooled[:, :1] * pooled[:, 1:]).sum(dim=2).mean(dim=(2, 3))
+
+
+def iou(args, device):
+    nets = networks(args, device)
+    source = open_images(args)
+    view = partial(object_and_rois, proposals=open_proposals(args, source, device), size=args.size)
+    items, rows, first = [(0, int(i)) for i in pick(args, source)], [], None
+    batches = [items[k:k + 16] for k in range(0, len(items), 16)]
+    for batch in common.Loader(source, view, batches, workers(args, device), device, args.seed):
+        cs = [stage(network, batch["view"], args.stage) for network in nets.values()]
+        sims = [similarity(c, batch["boxes"], 2 ** args.stage) for c in cs]
+        rows.append(torch.stack([batch["iou"].float(), *sims], dim=2))                    # [N, 20, 1 + nets]
+        first = first or batch
+    points = torch.cat(rows).flatten(0, 1).cpu()                                          # [images * 20, 1 + nets]
+    group = (points[:, 0] * 19).round()
+    ious, *similarities = torch.stack([points[group == k].mean(dim=0) for k in group.unique()]).T.tolist()
+    lines = {name: (ious, values) for name, values in zip(nets, similarities)}
+    examples = [titled(boxed(picture(first["view"][0]), first["boxes"][0, [k + 1, 0]] * (SIDE / args.size), ["#60b0ff", "red"]),
+                       f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}") for k in (6, 11, 16)]
+    title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(items)} images"
+    return lay([chart(title, lines, "IoU"), *examples])
+
+
+# --- Proposals and views (SoCo, Figures 2, 3) ------------------------------------------------------------------------
+
+def proposed(photo, rng, proposals, sizes, num_proposals):
+    """The image made square with ten of its proposals, [10, 4] in its pixels, all 0 where there are fewer; and SoCo's views."""
+    boxes = np.asarray(proposals(photo, rng), float)
+    some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *photo.size], float), sizes[0])
+    ten = torch.from_numpy(np.pad(some, ((0, 10 - len(some)), (0, 0))))
+    views = soco.object_views(photo, rng, lambda *_: boxes, sizes, num_proposals, jitter_p=soco.PAPER["jitter"])
+    return {**square(photo, rng, sizes[0]), "ten": ten, **views}
+
+
+def proposals(args, device):
+    source, size = open_images(args), args.size
+    boxes_of, sizes = open_proposals(args, source, device), [size, size, size // 2, size * 6 // 7][:args.views]
+    view = partial(proposed, proposals=boxes_of, sizes=sizes, num_proposals=args.num_proposals)
+    batch, inks = load(args, source, view, pick(args, source), device), soco.COLOURS * args.num_proposals
+    columns = {"proposals": [boxed(picture(x), ten[ten[:, 2] > 0] * (SIDE / size), inks + soco.COLOURS)
+                             for x, ten in zip(batch["view"], batch["ten"])]}
+    common.seed_device(args.seed)
+    for i, side in enumerate(sizes, start=1):
+        views, boxes = common.denormalised(soco.photometric(i, size)(batch[f"view{i}"])), batch[f"boxes{i}"]
+        levels = [[f"P{2 + level}" for level in row] for row in soco.assign_levels(boxes, size)]
+        columns[f"V{i}"] = [boxed(picture(x, SIDE * side // size), b * (SIDE / size), inks, labels)
+                            for x, b, labels in zip((views * 255).byte(), boxes, levels)]
+    if args.data is None or not isinstance(boxes_of, soco.Proposals):
+        return table(columns)
+    extent = (boxes_of.boxes[:, 2:] - boxes_of.boxes[:, :2]).astype(float)
+    figure_3 = {"proposals an image": np.diff(boxes_of.offsets), "sqrt(wh) of a proposal": np.sqrt(extent.prod(axis=1))}
+    charts = []
+    for name, values in figure_3.items():
+        share, edges = np.histogram(values, 20, weights=np.full(len(values), 1 / len(values)))
+        charts.append(chart(f"Share; mean {values.mean():.3g}", {"": ((edges[1:] + edges[:-1]) / 2, share)}, name))
+    return lay([table(columns), lay(charts)], down=True)
+
+
+# --- Masks (DetCon, Figure 3) ----------------------------------------------------------------------------------------
+
+def open_masks(kind, args, source):
+    """masks(photo), as detcon.py's, of gridN, fh, truth or a folder; no file is made."""
+    if kind == "fh":
+        common.need_opencv("--masks fh", "--masks grid5")
+        return lambda photo: detcon.felzenszwalb(photo, [args.fh_scale])
+    if not re.fullmatch(r"grid([1-9]|1[0-6])|truth", kind) and not Path(kind).is_dir():
+        common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
+    return detcon.open_masks(argparse.Namespace(masks=kind), source, None)
+
+
+def masks(args, device):
+    source = open_images(args)
+    made = {kind: open_masks(kind, args, source) for kind in args.masks or ["grid5", "fh"] + ["truth"] * (args.data is None)}
+
+    def view(photo, rng):
+        batch = square(photo, rng, SIDE)
+        for kind, masks_of in made.items():
+            x = detcon.cut(masks_of(photo), (0, 0, *photo.size), photo.size, SIDE)
+            x = x if x.ndim == 2 else x[..., 0]                                           # the first scale of three
+            members = [x >> k & 1 > 0 for k in range(16)] if x.dtype == np.uint16 else [x == k for k in range(256)]
+            batch[kind] = torch.from_numpy(np.stack(members))
+        return batch
+
+    batch = {name: x.cpu() for name, x in load(args, source, view, pick(args, source), device).items()}
+    columns = {"image": [picture(x) for x in batch["view"]]}
+    for kind in made:
+        present = [mask[mask.flatten(1).any(dim=1)] for mask in batch[kind]]
+        columns[kind] = [picture(draw_segmentation_masks(x, mask, 0.6, COLOURS[:len(mask)]))
+                         for x, mask in zip(batch["view"], present)]
+    return table(columns)
+
+
+# --- Training curves -------------------------------------------------------------------------------------------------
+
+def read_log(path):
+    """The rows of a log.jsonl, or of that in a run's folder."""
+    file = Path(path, "log.jsonl") if Path(path).is_dir() else Path(path)
+    try:
+        rows = [json.loads(row) for row in file.read_text().splitlines() if row.endswith("}")]
+    except (OSError, ValueError) as error:
+        common.fail(f"{file} cannot be read as a log.jsonl ({' '.join(str(error).split())[:60]})")
+    if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
+        common.fail(f"{file} is no log.jsonl of this project, or an empty one")
+    return rows
+
+
+def curves(args, device):
+    names = [Path(path).resolve().parent.name if Path(path).is_file() else Path(path).resolve().name for path in args.logs]
+    logs = dict(zip(names if len(set(names)) == len(names) else args.logs, map(read_log, args.logs)))
+    held = sorted({stat for rows in logs.values() for row in rows for stat in row} - {"epoch", "step"})
+    charts = []
+    for stat in args.stats or [stat for stat in ("loss", "accuracy", "knn") if stat in held] or held:
+        number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
+        points = {name: [(row["step"], row[stat]) for row in rows if number(row.get(stat))] for name, rows in logs.items()}
+        if not any(points.values()):
+            common.fail(f"--stats {stat}: not in the logs, which have {', '.join(held)}")
+        charts.append(chart(stat, {name: tuple(zip(*line)) for name, line in points.items() if line}, "step"))
+    return lay((lay(charts[k:k + 3]) for k in range(0, len(charts), 3)), down=True)
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        common.fail(f"{message} (see --help)")
+
+
+def arguments():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, count = parser.add_subparsers(required=True, metavar="PICTURE"), common.number(int, 1)
+
+    def command(draw, text, images=4, looks=None, **settings):
+        own = commands.add_parser(draw.__name__, help=text, description=text)
+        own.set_defaults(draw=draw, **settings)
+        add = own.add_argument
+        add("--out", default=f"{draw.__name__}.png", help="the picture, .png or .jpg (default: %(default)s)")
+        if images:
+            add("--data", metavar="DIR", help="images; DIR/train if there (default: drawn shapes)")
+            add("--images", type=count, default=images, help="how many, drawn at random (default: %(default)s)")
+            add("--seed", type=common.number(int, 0), default=0, help="of every random draw (default: 0)")
+        if looks:
+            add("--init", nargs="+", required=True, metavar="WHAT", help="last.pt, torchvision's weights of a ResNet, random")
+            add("--part", choices=convert.PARTS, default="online", help="of last.pt (default: online)")
+            add("--arch", help="of what is no last.pt (default: resnet50)")
+            add("--stage", type=int, choices=[2, 3, 4, 5], default=looks, help="c2 to c5 (default: %(default)s)")
+            add("--size", type=common.number(int, 32), help=f"of a view (default: {settings['times']} x that in training)")
+        return add
+
+    command(attention, "where a stage is active: the mean of its channels", looks=5, times=2, shapes=64)
+    add = command(neighbours, "the images with the most similar features; green: same folder", looks=5, times=1, shapes=1200)
+    add("-k", type=count, default=9, help="neighbours of each (default: 9)")
+    add = command(patches, "for a patch of a view the most similar of another; green: same place", looks=4, times=2, shapes=64)
+    add("--min-area", type=common.number(float, 1e-3, 1), default=0.2, help="least share of the image in a view (default: 0.2)")
+    add = command(iou, "how similar an object and RoIs near it are, by their IoU", images=1000, looks=4, times=1, shapes=1000,
+                  otherwise="random")
+    add("--proposals", metavar="FILE.npz|search|random", help="the objects (default: random; shapes: their own boxes)")
+    add = command(proposals, "proposals, and SoCo's views with the same boxes and their levels", shapes=64, otherwise="search")
+    add("--proposals", metavar="FILE.npz|search|random", help="as soco.py's; of a file also number and sizes (default: search)")
+    add("--views", type=int, choices=[2, 3, 4], default=3, help="(default: 3)")
+    add("--num-proposals", type=count, default=4, help="boxes of a view (default: 4)")
+    add("--size", type=common.number(int, 32), default=SIDE, help="side of V1 in pixels (default: %(default)s)")
+    add = command(masks, "DetCon's masks", shapes=64, size=SIDE)
+    add("--masks", nargs="+", metavar="gridN|fh|DIR", help="as detcon.py's, a column each (default: grid5 fh)")
+    add("--fh-scale", type=count, default=1000, help="scale and minimum size (default: 1000)")
+    add = command(curves, "what log.jsonl holds, a chart a stat", images=0)
+    add("logs", nargs="+", metavar="LOG", help="log.jsonl, or the folder of a run")
+    add("--stats", nargs="+", help="which (default: loss, accuracy and knn)")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main():
+    device, args = common.init_distributed(), arguments()
+    sheet = args.draw(args, device)
+    try:
+        sheet.save(args.out, optimize=True, quality=90)
+    except (OSError, ValueError) as error:
+        common.fail(f"cannot write {args.out}: {' '.join(str(error).split())}")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
