@@ -61,6 +61,15 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):
     i = [source.name(k) for k in range(2)].index("a/1.jpg")
     mask = detcon.read_mask(source.photo(i), tmp_path / "masks", source)
     assert mask.dtype == np.uint16 and np.array_equal(mask & 1 > 0, two) and np.array_equal(mask >> 1 & 1 > 0, one) and mask.max() < 4
+    notes["categories"] = [{"id": 9}, {"id": 4}]
+    for note, category in zip(notes["annotations"], (9, 4, 9)):
+        note["category_id"] = category
+    notes["annotations"].append({**notes["annotations"][1], "segmentation": {"size": [20, 30], "counts": runs(np.ones((20, 30), bool))}, "area": 600})
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    subprocess.run([*command[:2], "--labels", *command[2:4], str(tmp_path / "labels")], check=True)
+    label = np.asarray(Image.open(tmp_path / "labels" / "a" / "1.png"))
+    assert label.dtype == np.uint8 and np.array_equal(label, np.where(one, 2, 1))         # the small one lies on top
+    assert not np.asarray(Image.open(tmp_path / "labels" / "2.png")).any()
     (tmp_path / "notes.json").write_text("{}")
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2 and "no file of COCO instances" in failed.stderr and failed.stderr.count("\n") == 1

@@ -1,9 +1,11 @@
-"""COCO annotations as masks for detcon.py (the paper's Sec. 4.4 pre-trains on human masks).
+"""COCO annotations as masks for detcon.py (the paper's Sec. 4.4 pre-trains on human masks), or as label maps for segment.py.
 
     python transfer/coco_masks.py instances_train2017.json train2017 masks
     python detcon.py --data train2017 --masks masks
+    python transfer/coco_masks.py --labels notes.json DIR/train/images DIR/train/labels
 
-For every image of the folder a 16-bit PNG with a mask a bit: the 16 largest objects, crowds left out.
+For every image of the folder a 16-bit PNG with a mask a bit: the 16 largest objects. With --labels an 8-bit PNG, whose pixels
+are 0 for the ground and k for the k-th category by id, small objects above large ones. Crowds are left out.
 """
 import argparse
 import json
@@ -48,40 +50,49 @@ def unpack(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", action="store_true", help="label maps instead of masks")
     parser.add_argument("annotations", help="COCO instances, JSON")
-    parser.add_argument("images", help="the folder for detcon.py's --data")
+    parser.add_argument("images", help="the folder of the images")
     parser.add_argument("masks", help="the folder to write to")
     args = parser.parse_args()
     try:
         notes = json.loads(Path(args.annotations).read_text())
         sizes = {image["file_name"]: (image["id"], (image["width"], image["height"])) for image in notes["images"]}
+        order = sorted(category["id"] for category in notes["categories"]) if args.labels else []
         objects = {}
-        for note in notes["annotations"]:
+        for note in sorted(notes["annotations"], key=lambda note: -note["area"]):
             if not note.get("iscrowd"):
-                objects.setdefault(note["image_id"], []).append((note["area"], note["segmentation"]))
+                label = 1 + order.index(note["category_id"]) if args.labels else None
+                objects.setdefault(note["image_id"], []).append((note["segmentation"], label))
     except (OSError, ValueError, KeyError, TypeError) as error:
         common.fail(f"{args.annotations} is no file of COCO instances ({error})")
+    if len(order) > 254:
+        common.fail(f"{args.annotations} has {len(order)} categories: an 8-bit label map tells 254 from the ground")
     source, empty = common.ImageFolder(args.images), 0
     for i in range(len(source)):
         name = source.name(i)
         if name not in sizes:
             common.fail(f"{args.annotations} does not know the image {name}")
         number, size = sizes[name]
-        largest = sorted(objects.get(number, []), key=lambda pair: -pair[0])[:16]
-        bits = np.zeros(size[::-1], np.uint16)
+        drawn = np.zeros(size[::-1], np.uint8 if args.labels else np.uint16)
         path = Path(args.masks, name).with_suffix(".png")
         try:
-            for k, (_, segmentation) in enumerate(largest):
-                bits |= decode(segmentation, size).astype(np.uint16) << k
+            for k, (segmentation, label) in enumerate(objects.get(number, [])):
+                mask = decode(segmentation, size)
+                if args.labels:
+                    drawn[mask] = label
+                elif k < 16:
+                    drawn |= mask.astype(np.uint16) << k
             path.parent.mkdir(parents=True, exist_ok=True)
             with common.whole(path) as file:
-                Image.fromarray(bits).save(file, "png")
+                Image.fromarray(drawn).save(file, "png")
         except OSError as error:
             common.fail(f"cannot write {path}: {error.strerror}")
         except (ValueError, TypeError, KeyError, IndexError) as error:
             common.fail(f"{args.annotations}: an object of {name} cannot be drawn ({error})")
-        empty += not largest
-    print(f"{len(source)} masks in {args.masks}; {empty} images have no object: each is one mask as a whole")
+        empty += number not in objects
+    print(f"{len(source)} files in {args.masks}; {empty} images have no object"
+          + ("" if args.labels else ": each is one mask as a whole"))
 
 
 if __name__ == "__main__":

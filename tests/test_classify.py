@@ -1,0 +1,331 @@
+"""transfer/classify.py: against scikit-learn, by hand, and the script as a user runs it."""
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
+
+import common
+import moco
+from conftest import in_processes, rows, run_script, weights, without_speed, write_pictures
+from transfer import classify, convert
+
+run = partial(run_script, classify)
+TINY = ["--init", "random", "--arch", "resnet18w0.125", "--size", 32, "--batch-size", 16, "--workers", 0]
+CPU = torch.device("cpu")
+
+
+def settings(**values):
+    return type("", (), dict(size=32, workers=0, amp="off", batch_size=16, **values))
+
+
+def tiny_backbone():
+    common.seed_device(0)
+    return common.resnet("resnet18w0.125", common.sync_batchnorm).eval()
+
+
+@pytest.fixture
+def blobs():
+    """Rows of four classes that overlap: (x, class) to learn from and to judge by."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 20, generator=generator)
+    label = torch.arange(900) % 4
+    x = torch.nn.functional.normalize(centres[label] + 2.5 * torch.randn(900, 20, generator=generator), dim=1)
+    return (x[:600], label[:600]), (x[600:], label[600:])
+
+
+# --- linear probe ---
+
+def test_linear_probe_agrees_with_scikit_learns_logistic_regression_to_a_point(tmp_path, monkeypatch):
+    """Pictures told apart by colours that overlap, so that neither 0 nor 1 is right. Training sees the middle of an image, as
+    the other does, and has some weight decay, so that both have one optimum to reach."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 240), ("val", 300)):
+        for i in range(count):
+            colour = np.array([[150, 90, 90], [90, 150, 90], [90, 90, 150]])[i % 3] + rng.normal(0, 45, 3)
+            path = tmp_path / part / "abc"[i % 3] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(colour + rng.normal(0, 3, (32, 32, 3)), 0, 255).astype(np.uint8)).save(path)
+    monkeypatch.setattr(common, "random_crop", lambda size, area, rng: common.center_crop(size))
+    flags = [*TINY, "--data", tmp_path, "--stage", 2, "--epochs", 40, "--lr", 4, "--weight-decay", 0.01,
+             "--batch-size", 40, "--out", tmp_path / "out"]
+    assert run(monkeypatch, *flags) == 0
+    backbone, features = tiny_backbone(), []
+    for part in ("train", "val"):
+        source = common.ImageFolder(tmp_path / part)
+        labels = source.labels()[0]
+        views = [classify.example(source.photo(i), None, 32)["view"] for i in range(len(source))]
+        with torch.no_grad():
+            c2 = backbone(common.Photometric()(torch.stack(views)))[0]
+        features.append((c2.mean(dim=(2, 3)).numpy(), labels.numpy()))
+    (x, y), (x_val, y_val) = features
+    theirs = LogisticRegression(C=1 / (0.01 * 240), max_iter=5000).fit(x, y).score(x_val, y_val)  # of the sum, not the mean
+    assert 0.6 < theirs < 0.95 and rows(tmp_path / "out")[-1]["top1"] == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize("stage", [2, 5])
+def test_linear_probe_leaves_the_backbone_as_it_is_bit_for_bit(pictures, tmp_path, monkeypatch, stage):
+    assert run(monkeypatch, *TINY, "--data", pictures, "--epochs", 1, "--stage", stage, "--out", tmp_path) == 0
+    after, before = weights(tmp_path), tiny_backbone().state_dict()
+    assert all(torch.equal(after[f"backbone.{name}"], x) for name, x in before.items())
+    assert after["fc.weight"].shape == (len(common.KINDS), tiny_backbone().channels[stage - 2])
+
+
+def test_finetuning_changes_weights_and_statistics(pictures, tmp_path, monkeypatch):
+    assert run(monkeypatch, *TINY, "--data", pictures, "--epochs", 1, "--protocol", "finetune", "--out", tmp_path) == 0
+    after, before = weights(tmp_path), tiny_backbone().state_dict()
+    assert not any(torch.equal(after[f"backbone.{name}"], before[name]) for name in ("conv1.weight", "bn1.running_mean", "bn1.weight"))
+
+
+def test_settings_are_the_papers(monkeypatch):
+    chosen = {}
+    for name, flags in (("linear", []), ("finetune", ["--protocol", "finetune"])):
+        for init in ("x.pt", "random"):
+            monkeypatch.setattr("sys.argv", ["classify.py", "--init", init, "--data", ".", *flags])
+            args = classify.arguments()
+            chosen[name, init] = args.lr, args.weight_decay, args.drops, args.epochs, args.batch_size
+    assert chosen["linear", "x.pt"] == chosen["linear", "random"] == (30, 0, [0.6, 0.8], 100, 256)     # Sec. 4.1
+    assert chosen["finetune", "x.pt"] == (0.03, 1e-4, [0.7, 0.9], 100, 256)                            # A.6, A.7
+    assert chosen["finetune", "random"] == (0.1, 1e-4, [0.7, 0.9], 100, 256)
+
+
+def test_top1_and_top5_are_those_counted_by_hand(pictures):
+    source = common.ImageFolder(pictures / "val")
+    labels, classes = source.labels()
+    model = classify.Classifier(tiny_backbone(), 5, len(classes), frozen=True)
+    torch.nn.init.normal_(model.fc.weight)
+    figures = classify.evaluate(model, source, labels, settings(), CPU)
+    hits = []
+    for i in range(len(source)):
+        with torch.no_grad():
+            scores = model(classify.example(source.photo(i), None, 32)["view"][None])[0]
+        hits.append([(scores > scores[labels[i]]).sum().item() < k for k in (1, 5)])
+    assert [figures["top1"], figures["top5"]] == pytest.approx(np.mean(hits, axis=0).tolist()) and figures["top5"] > figures["top1"] > 0
+
+
+# --- support vector machines ---
+
+@pytest.mark.parametrize("cost", [2.0 ** -9, 0.1, 8.0])
+def test_svm_finds_the_weights_of_scikit_learns_linear_svc(blobs, cost):
+    (x, label), _ = blobs
+    y = torch.where(label[:, None] == torch.arange(4), 1.0, -1.0)
+    y[:50, 1] = 0  # left out by the second alone
+    w = classify.linear_svm(torch.nn.functional.pad(x, (0, 1), value=1.0), y, cost, tol=1e-6)
+    for k in range(4):
+        used = y[:, k] != 0
+        theirs = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9, max_iter=10000).fit(x[used], y[used, k])
+        np.testing.assert_allclose(w[:, k], np.append(theirs.coef_[0], theirs.intercept_), atol=2e-3 * np.abs(theirs.coef_).max())
+
+
+def test_svm_starts_where_another_cost_ended_and_ends_where_it_would_anyway(blobs):
+    (x, label), _ = blobs
+    y = torch.where(label[:, None] == torch.arange(4), 1.0, -1.0)
+    start = classify.linear_svm(x, y, 0.01)
+    torch.testing.assert_close(classify.linear_svm(x, y, 1.0, start, tol=1e-6), classify.linear_svm(x, y, 1.0, tol=1e-6), rtol=1e-3, atol=1e-3)
+
+
+def test_svm_of_few_rows_and_many_columns(blobs):
+    (x, label), _ = blobs
+    wide = torch.nn.functional.normalize(torch.randn(40, 900, generator=torch.Generator().manual_seed(0)), dim=1)
+    y = torch.where(label[:40, None] == torch.arange(4), 1.0, -1.0)
+    w = classify.linear_svm(wide, y, 128.0)
+    assert ((wide @ w) * y > 0.9).all()  # all can be told apart, so at such a cost all are
+
+
+def test_accuracy_is_scikit_learns_and_cost_the_best_of_its_cross_validation(blobs):
+    (x, label), (x_val, label_val) = blobs
+    truth = [2 * torch.nn.functional.one_hot(t, 4) - 1 for t in (label, label_val)]
+    figures = classify.svm(x, truth[0], x_val, truth[1], single=True)
+    svc = lambda cost: [LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-7, max_iter=10000) for _ in range(4)]
+    def accuracy(cost, fit, judge, x_judge, label_judge):
+        scores = [m.fit(x[fit], (label[fit] == k) * 2 - 1).decision_function(x_judge[judge]) for k, m in enumerate(svc(cost))]
+        return (np.argmax(scores, axis=0) == label_judge[judge].numpy()).mean()
+    fold = np.arange(600) % 3
+    crossed = {cost: np.mean([accuracy(cost, fold != f, fold == f, x, label) for f in range(3)]) for cost in classify.COSTS}
+    assert crossed[figures["cost"]] >= max(crossed.values()) - 0.004
+    everything = np.ones(600, bool), np.ones(300, bool)
+    assert figures["accuracy"] == pytest.approx(accuracy(figures["cost"], *everything, x_val, label_val), abs=0.007)
+    assert 0.4 < figures["accuracy"] < 0.95
+
+
+def test_average_precision_is_the_area_below_the_best_precision_at_a_recall_or_more():
+    rng = np.random.default_rng(0)
+    scores, truth = rng.permutation(60)[:, None] / 60.0, rng.choice([1, -1, 0], (60, 1), p=[0.3, 0.5, 0.2])
+    area, points = 0.0, []
+    counted = [i for i in np.argsort(-scores[:, 0]) if truth[i, 0] != 0]
+    for n in range(1, len(counted) + 1):
+        hits = sum(truth[i, 0] == 1 for i in counted[:n])
+        points.append((hits / (truth == 1).sum(), hits / n))
+    for recall in sorted({r for r, _ in points if r > 0}):
+        area += max(p for r, p in points if r >= recall) / (truth == 1).sum()
+    ours = classify.average_precision(torch.from_numpy(scores), torch.from_numpy(truth))
+    assert ours.item() == pytest.approx(area)
+    assert classify.average_precision(torch.rand(5, 1), -torch.ones(5, 1)).isnan().all()
+
+
+def write_voc(folder):
+    pictures = write_pictures(folder / "all", 24)
+    (folder / "JPEGImages").mkdir()
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
+        Image.open(path).convert("RGB").save(folder / "JPEGImages" / f"{i:06}.jpg")
+    for split, first in (("trainval", 0), ("test", 12)):
+        for k, name in enumerate(("boat", "cat")):
+            lines = [f"{i:06} {[' 1', '-1', ' 0'][(i + k) % 3]}\n" for i in range(first, first + 12)]
+            (folder / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text("".join(lines))
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("not read")
+    return folder
+
+
+def test_voc_is_read_with_several_classes_an_image_and_what_is_hard_to_say_left_out(tmp_path, monkeypatch, capsys):
+    voc = classify.VOC2007(write_voc(tmp_path), "test")
+    assert len(voc) == 12 and voc.name(0) == "000012.jpg" and voc.truth[:3].tolist() == [[1, -1], [-1, 0], [0, 1]]
+    assert voc.photo(0).size == (40, 40)
+    assert run(monkeypatch, *TINY, "--data", tmp_path, "--protocol", "svm") == 0
+    assert "mAP" in (out := capsys.readouterr().out) and "accuracy" not in out
+
+
+# --- tables ---
+
+def test_knn_shows_what_the_monitor_says_of_each_stage(pictures, monkeypatch, capsys):
+    assert run(monkeypatch, *TINY, "--data", pictures, "--protocol", "knn") == 0
+    header, figures = capsys.readouterr().out.splitlines()[1:]
+    pair = [common.ImageFolder(pictures / part) for part in ("train", "val")]
+    expected = [f"{common.knn(tiny_backbone(), *pair, 32, CPU, stage=stage):.1%}" for stage in (2, 3, 4, 5)]
+    assert header.split() == ["c2", "c3", "c4", "c5"] and figures.split() == ["kNN", *expected]
+
+
+def test_a_checkpoint_fills_the_backbone(pictures, tmp_path, monkeypatch):
+    flags = ["--data", pictures, "--arch", "resnet18w0.125", "--size", 32, "--epochs", 1, "--batch-size", 16, "--queue", 32]
+    assert run_script(moco, monkeypatch, *flags, "--out", tmp_path / "moco") == 0
+    init = ["--init", tmp_path / "moco" / "last.pt", "--size", 32, "--batch-size", 16, "--data", pictures]
+    assert run(monkeypatch, *init, "--epochs", 1, "--out", tmp_path / "out") == 0
+    ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "moco")
+    assert all(torch.equal(x, ours[name.removeprefix("encoder_q.")]) for name, x in theirs.items() if name.startswith("encoder_q.backbone"))
+
+
+# --- processes and resuming ---
+
+def everything(folder, out):
+    """Features, kNN-free figures and a few steps of both training protocols, in as many processes as there are."""
+    import sys
+    backbone, args = tiny_backbone(), settings()
+    source = common.ImageFolder(Path(folder, "val"))
+    x, at = classify.pooled(backbone, source, 4, args, CPU)
+    logs = []
+    for protocol in ("linear", "finetune"):
+        sys.argv = [str(v) for v in ("classify.py", *TINY, "--data", folder, "--protocol", protocol, "--epochs", 1, "--lr", 0.1,
+                                     "--print-every", 1, "--out", f"{out}/{protocol}{common.world_size()}")]
+        args = classify.arguments()
+        train, val, labels, classes = classify.open_labelled(args)
+        common.seed_device(args.seed)
+        backbone = convert.backbone(args, common.sync_batchnorm)
+        classify.train(args, train, val, labels, classes, backbone, CPU)
+        common.barrier()
+        logs.append([(row["step"], row.get("loss", row.get("top1"))) for row in rows(f"{out}/{protocol}{common.world_size()}")])
+    return x.numpy(), at.tolist(), logs
+
+
+def test_two_processes_equal_one(pictures, tmp_path):
+    x, at, logs = everything(str(pictures), str(tmp_path))
+    assert at == list(range(36))
+    for other, other_at, other_logs in in_processes(2, everything, str(pictures), str(tmp_path)):
+        np.testing.assert_allclose(other, x, atol=1e-5)
+        assert other_at == at
+        for ours, theirs in zip(logs, other_logs):
+            np.testing.assert_allclose([loss for _, loss in theirs], [loss for _, loss in ours], rtol=2e-3, atol=0.03)
+    for protocol in ("linear", "finetune"):
+        one, two = (weights(tmp_path / f"{protocol}{world}") for world in (1, 2))
+        for name, value in one.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(pictures, tmp_path, monkeypatch, protocol):
+    flags = [*TINY, "--data", pictures, "--protocol", protocol, "--epochs", 2, "--print-every", 1]
+    assert run(monkeypatch, *flags, "--out", tmp_path / "whole") == 0
+    assert run(monkeypatch, *flags, "--out", tmp_path / "parts", "--max-steps", 8) == 0
+    assert run(monkeypatch, *flags, "--out", tmp_path / "parts") == 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
+    assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "parts"))
+    assert [row["step"] for row in rows(tmp_path / "whole") if "top1" in row] == [6, 12]
+
+
+# --- bad input ---
+
+def one_class(data):
+    write_pictures(data / "train", 1)
+    write_pictures(data / "val", 1)
+    return []
+
+
+def strange_class(data):
+    write_pictures(data / "train", 3)
+    write_pictures(data / "val", 4)
+    return []
+
+
+def no_val(data):
+    write_pictures(data / "train", 3)
+    return []
+
+
+def no_train(data):
+    write_pictures(data / "val", 3)
+    return []
+
+
+def unsorted(data):
+    for part in ("train", "val"):
+        (data / part).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(data / part / "1.png")
+    return []
+
+
+def other_arch(data):
+    write_pictures(data / "train", 3)
+    write_pictures(data / "val", 3)
+    torch.save(common.resnet("resnet18").state_dict(), data / "r18.pth")
+    return ["--init", data / "r18.pth", "--arch", "resnet50"]
+
+
+def small(data):
+    write_pictures(data / "train", 3)
+    write_pictures(data / "val", 3)
+    return []
+
+
+def voc_linear(data):
+    write_voc(data)
+    return []
+
+
+def voc_torn(data):
+    write_voc(data)
+    (data / "ImageSets" / "Main" / "cat_test.txt").write_text("000012 1\n")
+    return ["--protocol", "svm"]
+
+
+def voc_lacks(data):
+    write_voc(data)
+    (data / "JPEGImages" / "000003.jpg").unlink()
+    return ["--protocol", "svm"]
+
+
+@pytest.mark.parametrize("make, message", [
+    (one_class, "one class"), (strange_class, "not among the training classes"), (no_val, "no such folder"), (no_train, "no such folder"),
+    (unsorted, "folders named by class"), (other_arch, "mend --arch"), (small, "do not fill a batch"), (voc_linear, "take --protocol svm"),
+    (voc_torn, "cannot be read as VOC's"), (voc_lacks, "000003.jpg")])
+def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, make, message):
+    data = tmp_path / "data"
+    data.mkdir()
+    flags = make(data)
+    assert run(monkeypatch, *TINY, "--data", data, "--out", tmp_path / "out", *flags) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error

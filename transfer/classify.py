@@ -1,0 +1,312 @@
+"""How good are frozen features? Linear probe, SVMs and nearest neighbours on labelled images; and fine-tuning.
+
+    python transfer/classify.py --init runs/moco/last.pt --data /imagenet                     linear probe of c5 (MoCo Sec. 4.1)
+    python transfer/classify.py --init random --data DIR --protocol knn                       c2 to c5 beside each other
+    python transfer/classify.py --init runs/detco/last.pt --data VOCdevkit/VOC2007 --protocol svm    DetCo Table 2, DUPR Table 6
+    python transfer/classify.py --init resnet50.pth --data DIR --protocol finetune            end to end (MoCo A.6, A.7)
+    torchrun --nproc_per_node=8 transfer/classify.py ...                                      the same, sooner
+
+DIR has train/ and val/ with a folder for each class; svm takes VOC2007 as it is, too. knn and svm print a table. linear and
+finetune write last.pt and log.jsonl to --out; the same command again goes on where it stopped.
+"""
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+from transfer import convert  # noqa: E402
+
+DEFAULTS = dict(  # the linear probe of MoCo Sec. 4.1; lr is for 256 images a step
+    protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8], print_every=50)
+FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # MoCo A.6; lr 0.03 from a checkpoint, 0.1 from nothing (A.7)
+
+POOL = {2: 6, 3: 4, 4: 3, 5: 2}                # svm pools a stage to so many cells a side: about 9000 numbers of a ResNet-50
+COSTS = [2.0 ** k for k in range(-19, 8, 2)]   # an SVM's, to choose from
+
+
+# --- Labelled images -------------------------------------------------------------------------------------------------
+
+class VOC2007(common.ImageFolder):
+    """The images of ImageSets/Main/{split}.txt. `.truth`: [N, 20] of 1 (shows the class), -1 (does not), 0 (hard to say)."""
+
+    def __init__(self, root, split):
+        super().__init__(Path(root, "JPEGImages"))
+        try:
+            files = sorted(Path(root, "ImageSets", "Main").glob(f"*_{split}.txt"))
+            columns = [dict(line.split() for line in file.read_text().splitlines()) for file in files]
+            names = sorted(columns[0])
+            self.truth = torch.tensor([[int(column[name]) for column in columns] for name in names])
+        except (OSError, ValueError, LookupError) as error:
+            common.fail(f"{root}/ImageSets/Main/*_{split}.txt cannot be read as VOC's ({type(error).__name__}: {error})")
+        missing = {f"{name}.jpg".encode() for name in names} - set(self.names.tobytes().split(b"\0"))
+        if missing:
+            common.fail(f"{self.root} lacks {len(missing)} of the {len(names)} images of {split}: {min(missing).decode()}")
+        self.names = np.frombuffer("".join(f"{name}.jpg\0" for name in names).encode(), np.uint8)
+        self.ends = np.flatnonzero(self.names == 0)
+
+
+def open_labelled(args):
+    """(images to learn from, images to judge by, the class of each image of both, or None for VOC, number of classes)."""
+    if Path(args.data, "ImageSets", "Main").is_dir():
+        if args.protocol != "svm":
+            common.fail(f"{args.data} is VOC's, whose images show several classes: take --protocol svm")
+        train, val = (VOC2007(args.data, split) for split in ("trainval", "test"))
+        return train, val, None, train.truth.shape[1]
+    train, val = (common.ImageFolder(Path(args.data, part)) for part in ("train", "val"))
+    labels, classes = train.labels()
+    if len(classes) < 2:
+        common.fail(f"{train.root} holds one class, {classes[0]}: there is nothing to tell it from")
+    return train, val, (labels, val.labels(classes)[0]), len(classes)
+
+
+def example(photo, rng, size, labels=None, augment=False):
+    """A view [3, size, size] uint8, the middle of the image or with `augment` a random resized crop, mirrored half of the time;
+    its class; and `at`, which image it is (another's where one cannot be decoded)."""
+    crop = common.random_crop(photo.size, (0.08, 1.0), rng) if augment else common.center_crop(photo.size)
+    view, = photo.cut([crop], [size])
+    if augment and rng.random() < 0.5:
+        view = ImageOps.mirror(view)
+    batch = {"view": common.to_tensor(view), "at": torch.tensor(photo.index)}
+    return batch if labels is None else {**batch, "label": labels[photo.index]}
+
+
+# --- Linear probe and fine-tuning ------------------------------------------------------------------------------------
+
+class Classifier(nn.Module):
+    """Backbone, global average pooling of one of its stages, a fully connected layer. frozen: the backbone's weights and
+    BN statistics stay as they are."""
+
+    def __init__(self, backbone, stage, classes, frozen):
+        super().__init__()
+        self.backbone, self.stages, self.frozen = backbone, stage - 1, frozen
+        self.normalise = common.Photometric()
+        self.fc = nn.Linear(backbone.channels[stage - 2], classes)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+        if frozen:
+            backbone.requires_grad_(False)
+        backbone.train_first(self.stages)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, view):
+        """[N, 3, S, S] uint8 -> scores [N, classes], float32."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            c = self.backbone(self.normalise(view), self.stages)[-1]      # [N, C, H, W]
+        with torch.autocast(view.device.type, enabled=False):
+            return self.fc(c.float().mean(dim=(2, 3)))
+
+
+@torch.no_grad()
+def evaluate(model, source, labels, args, device):
+    """{"top1": share of the images whose class scores highest, "top5": among the five highest}, each in [0, 1]."""
+    model.eval()
+    mine = [(0, i) for i in range(common.rank(), len(source), common.world_size())]
+    batches = (mine[start:start + 256] for start in range(0, len(mine), 256))
+    counts = torch.zeros(3, dtype=torch.long, device=device)
+    for batch in common.Loader(source, partial(example, size=args.size, labels=labels), batches, args.workers, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            scores = model(batch["view"])
+        hits = scores.topk(min(5, scores.shape[1])).indices == batch["label"][:, None]    # [N, 5]
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), batch["label"].new_tensor(len(hits))])
+    if common.world_size() > 1:
+        dist.all_reduce(counts)
+    model.train()
+    top1, top5, count = counts.tolist()
+    return {"top1": top1 / count, "top5": top5 / count}
+
+
+def train(args, source, val, labels, classes, backbone, device):
+    """linear and finetune: the loop, with a row of `evaluate` each epoch."""
+    if len(source) < args.batch_size:
+        common.fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
+    model = Classifier(backbone, args.stage, classes, args.protocol == "linear")
+    model.to(device, memory_format=torch.channels_last).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    run = common.Run(args, source, "classify", model, optimizer)
+    batches = run.batches(partial(example, size=args.size, labels=labels[0], augment=True), device)
+    ddp = common.parallel(model, device)
+
+    for batch in batches:
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total, drops=args.drops)
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            scores = ddp(batch["view"])
+        loss = F.cross_entropy(scores, batch["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step += 1
+        if run.step % args.print_every == 0:
+            run.log(loss, {"accuracy": (scores.detach().argmax(dim=1) == batch["label"]).float().mean()}, lr)
+        if run.step % run.steps_per_epoch == 0:
+            run.write(evaluate(model, val, labels[1], args, device))
+            run.restart_clock()
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    tested = [row for row in run.rows() if "top1" in row]
+    if common.rank() == 0 and tested:
+        best, last = max(row["top1"] for row in tested), tested[-1]
+        print(f"{args.protocol}, c{args.stage} of {args.init}, step {run.step} of {run.total}: top-1 {last['top1']:.1%}, top-5 "
+              f"{last['top5']:.1%} (best epoch's top-1 {best:.1%}; chance is {1 / classes:.1%})")
+
+
+# --- Support vector machines -----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def pooled(backbone, source, stage, args, device):
+    """A stage's output, pooled to a few cells and L2-normalised, of every image: [N, D], in all processes; and which image
+    each row is of [N]."""
+    share = np.arange(common.rank(), len(source) + -len(source) % common.world_size(), common.world_size()) % len(source)
+    batches = ([(0, int(i)) for i in share[start:start + 256]] for start in range(0, len(share), 256))
+    rows, at = None, torch.zeros(len(source), dtype=torch.long, device=device)
+    normalise = common.Photometric().to(device)
+    for batch in common.Loader(source, partial(example, size=args.size), batches, args.workers, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            c = backbone(normalise(batch["view"]), stage - 1)[-1]
+        x = F.normalize(F.adaptive_avg_pool2d(c.float(), POOL[stage]).flatten(1), dim=1)
+        index = common.all_gather(batch["index"])
+        rows = x.new_empty(len(source), x.shape[1]) if rows is None else rows
+        rows[index], at[index] = common.all_gather(x), common.all_gather(batch["at"])
+    return rows, at
+
+
+def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
+    """Support vector machines, one a column of y: w that minimises |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2.
+
+    x: [N, D]; y: [N, K] of 1, -1, or 0 for what a column leaves out; cost: C, a number or [K]; C_i = `positive` * C where y_i
+    is 1. Returns [D, K]. Newton's method on all columns at once, its equations solved by conjugate gradients: the objective
+    consists of parabolas. A column is done when its gradient has fallen to `tol` of that at w = 0.
+    """
+    weight = cost * torch.where(y > 0, positive, 1.0) * (y != 0)                       # [N, K]
+    w = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.clone()
+    goal = tol * (2 * x.T @ (weight * y)).norm(dim=0)
+    steps = torch.tensor([0, *(2.0 ** -k for k in range(12))], device=x.device)        # of a line search; 0 is to stay
+    for _ in range(50):
+        slack = 1 - y * (x @ w)                                                        # [N, K]
+        active = weight * (slack > 0)
+        gradient = w - 2 * x.T @ (active * y * slack)                                  # [D, K]
+        if (gradient.norm(dim=0) <= goal).all():
+            break
+        s, r = torch.zeros_like(w), -gradient
+        p, rr = r, (r * r).sum(dim=0)
+        enough = torch.maximum(0.01 * rr, (goal / 2) ** 2)
+        for _ in range(200):                                                           # (I + 2 x' diag(active) x) s = -gradient
+            hp = p + 2 * x.T @ (active * (x @ p))
+            alpha = rr / (p * hp).sum(dim=0).clamp(min=1e-30)
+            s, r = s + alpha * p, r - alpha * hp
+            rr, before = (r * r).sum(dim=0), rr
+            if (rr <= enough).all():
+                break
+            p = r + rr / before.clamp(min=1e-30) * p
+        z = y * (x @ s)
+        values = torch.stack([((w + t * s) ** 2).sum(dim=0) / 2 + (weight * (slack - t * z).clamp(min=0) ** 2).sum(dim=0)
+                              for t in steps])                                         # [13, K]
+        w = w + steps[values.argmin(dim=0)] * s
+    return w
+
+
+def average_precision(scores, truth):
+    """VOC's: the area below precision over recall, precision at a recall being the best at that or more. Both [M, K], truth of 1,
+    -1, or 0 for what does not count -> [K]; nan where a column has no 1."""
+    truth = truth.gather(0, scores.argsort(dim=0, descending=True))
+    hits, seen = (truth > 0).cumsum(dim=0), (truth != 0).cumsum(dim=0)
+    precision = (hits / seen.clamp(min=1)).flip(0).cummax(dim=0).values.flip(0)
+    return (precision * (truth > 0)).sum(dim=0) / hits[-1]
+
+
+def svm(x, y, x_val, y_val, single):
+    """One-vs-rest SVMs of features x [N, D] for y [N, K], judged on the others: {"mAP", "accuracy" where `single`, "cost"}.
+
+    The cost is chosen by 3-fold cross-validation: of each class by its AP, or where an image has a `single` class, of all by
+    accuracy.
+    """
+    x, x_val = (F.pad(rows, (0, 1), value=1.0) for rows in (x, x_val))                 # the last column is the bias's
+    y, y_val = y.to(x.dtype), y_val.to(x.dtype)
+    fold = torch.arange(len(y), device=x.device) % 3                                   # a class's images follow each other
+    held = F.one_hot(fold, 3)[:, None]                                                 # [N, 1, 3]
+    fit, judge = ((y[:, :, None] * part).flatten(1) for part in (1 - held, held))      # [N, K * 3]
+    w, quality = None, []
+    for cost in COSTS:
+        w = linear_svm(x, fit, cost, w)
+        scores = x @ w
+        if single:
+            own = (scores.view(*y.shape, 3) * held).sum(dim=2)                         # by the SVMs that have not seen it
+            quality.append((own.argmax(dim=1) == y.argmax(dim=1)).float().mean().expand(y.shape[1]))
+        else:
+            quality.append(average_precision(scores, judge).view(-1, 3).nanmean(dim=1))
+    cost = torch.tensor(COSTS, device=x.device)[torch.stack(quality).nan_to_num().argmax(dim=0)]   # [K]
+    scores = x_val @ linear_svm(x, y, cost)
+    figures = {"mAP": average_precision(scores, y_val).nanmean().item()}
+    if single:
+        figures["accuracy"] = (scores.argmax(dim=1) == y_val.argmax(dim=1)).float().mean().item()
+    return {**figures, "cost": cost.median().item()}
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+def table(title, stages):
+    """{stage: {name: figure}} as lines, a column a stage."""
+    if common.rank() == 0:
+        print(title)
+        print(" " * 10 + "".join(f"{f'c{stage}':>9}" for stage in stages))
+        for name in next(iter(stages.values())):
+            cells = (figures[name] for figures in stages.values())
+            print(f"{name:10}" + "".join(f"{x:9.2g}" if name == "cost" else f"{x:9.1%}" for x in cells))
+
+
+def arguments():
+    parser = common.Parser(__doc__, DEFAULTS)
+    convert.add_init(parser)
+    add = parser.own.add_argument
+    add("--data", metavar="DIR", required=True, help="train/ and val/ with a folder for each class; svm: or VOC2007")
+    add("--protocol", choices=["linear", "svm", "knn", "finetune"], help="how the features are judged")
+    add("--size", type=common.number(int, 32), help="side of a view in pixels")
+    add("--stage", type=int, choices=[2, 3, 4, 5], help="whose output is classified; svm and knn show all")
+    add("--weight-decay", type=common.number(float, 0), help="1e-4 in finetune")
+    add("--drops", type=common.number(float, 0, 1), nargs="*",
+        help="when the learning rate falls to a tenth, in shares of the run; 0.7 0.9 in finetune")
+    return parser.parse(lambda args: {} if args.protocol != "finetune" else
+                        {**FINETUNE, "lr": 0.1 if args.init == "random" else 0.03})
+
+
+def main():
+    device = common.init_distributed()
+    args = arguments()
+    source, val, labels, classes = open_labelled(args)
+    common.seed_device(args.seed)
+    backbone = convert.backbone(args, common.sync_batchnorm)
+    if args.protocol in ("linear", "finetune"):
+        train(args, source, val, labels, classes, backbone, device)
+        return common.finish()
+    backbone.to(device, memory_format=torch.channels_last).eval()
+    title = f"{args.init}, {len(source)} images to learn from, {len(val)} to judge by, {classes} classes"
+    stages = {}
+    for stage in (2, 3, 4, 5):
+        if args.protocol == "knn":
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                stages[stage] = {"kNN": common.knn(backbone, source, val, args.size, device, args.workers, stage=stage)}
+            continue
+        (x, at), (x_val, at_val) = (pooled(backbone, images, stage, args, device) for images in (source, val))
+        truth = (source.truth, val.truth) if labels is None else [2 * F.one_hot(label, classes) - 1 for label in labels]
+        stages[stage] = svm(x, truth[0].to(device)[at], x_val, truth[1].to(device)[at_val], single=labels is not None)
+    table(title, stages)
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()

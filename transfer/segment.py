@@ -1,0 +1,296 @@
+"""Semantic segmentation from a checkpoint: the FCN-16s of MoCo A.5, on VOC, Cityscapes or any images with label maps.
+
+    python transfer/segment.py --init runs/moco/last.pt --data VOCdevkit/VOC2012             21 classes, 30k iterations
+    python transfer/segment.py --init runs/moco/last.pt --data cityscapes                    19 classes, 90k iterations
+    python transfer/segment.py --init random --data DIR --classes 20 --epochs 50             your own
+    torchrun --nproc_per_node=8 transfer/segment.py ...                                      as the paper: 16 images a step
+
+Your own: DIR/train/images and DIR/val/images, beside them train/labels and val/labels with a PNG of the same name for each image,
+its pixels the classes from 0, or 255 where nothing is to be learned. Writes last.pt, log.jsonl with mIoU, views.png (the first
+batch) and predictions.png (image, truth and prediction) to --out; the same command again goes on where it stopped.
+"""
+import math
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.ops.misc import Conv2dNormActivation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+from transfer import convert  # noqa: E402
+
+DEFAULTS = dict(batch_size=16, lr=0.003, size=513, weight_decay=1e-4, drops=[0.7, 0.9], iterations=30_000, print_every=50)
+CITYSCAPES = dict(lr=0.01, size=769, iterations=90_000)
+IGNORE = 255
+# Cityscapes' 34 labels -> the 19 that count; its files *_labelTrainIds.png have these already.
+TRAIN_IDS = np.full(256, IGNORE, np.uint8)
+TRAIN_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
+GREY = tuple(round(255 * x) for x in common.MEAN)                # 0 once normalised
+
+
+# --- Images and their label maps -------------------------------------------------------------------------------------
+
+class BadLabel(Exception):
+    """A label map that does not belong to its image or to these classes."""
+
+
+def layout(root):
+    """What --data is: (its name, number of classes or None)."""
+    if Path(root, "SegmentationClass").is_dir():
+        return "voc", 21
+    return ("cityscapes", 19) if Path(root, "leftImg8bit").is_dir() else ("plain", None)
+
+
+class Labelled(common.ImageFolder):
+    """The images of a split, train or val, and where their label maps lie. Exits with 2 where one has none."""
+
+    def __init__(self, root, split, classes):
+        self.layout, self.classes = layout(root)[0], classes
+        if self.layout == "voc":
+            lists = [Path(root, "ImageSets", "Segmentation", f"{name}.txt") for name in (f"{split}_aug", split)]
+            chosen = next((path for path in lists if path.exists()), lists[-1])
+            augmented = Path(root, "SegmentationClassAug")       # where the labels of train_aug usually lie
+            super().__init__(Path(root, "JPEGImages"))
+            try:
+                names = "".join(f"{name}.jpg\0" for name in sorted(chosen.read_text().split())).encode()
+            except OSError as error:
+                common.fail(f"{chosen}: {error.strerror}")
+            missing = set(names.split(b"\0")) - set(self.names.tobytes().split(b"\0"))
+            if missing or not names:
+                common.fail(f"{self.root} lacks {len(missing)} images of {chosen.name}: {min(missing, default=b'').decode()}")
+            self.names = np.frombuffer(names, np.uint8)
+            self.ends = np.flatnonzero(self.names == 0)
+            self.maps = augmented if chosen == lists[0] and augmented.is_dir() else Path(root, "SegmentationClass")
+        elif self.layout == "cityscapes":
+            super().__init__(Path(root, "leftImg8bit", split))
+            self.maps = Path(root, "gtFine", split)
+        else:
+            super().__init__(Path(root, split, "images"))
+            self.maps = Path(root, split, "labels")
+        self.ids = False
+        self.ids = self.layout == "cityscapes" and not self.path(0).exists()   # _labelIds, not _labelTrainIds
+        there = {os.path.join(folder, name) for folder, _, files in os.walk(self.maps, followlinks=True) for name in files}
+        missing = [str(self.path(i)) for i in range(len(self)) if str(self.path(i)) not in there]
+        if missing:
+            common.fail(f"{len(missing)} of {len(self)} images have no label map: {missing[0]} is missing")
+
+    def path(self, i):
+        """The label map of image i."""
+        stem = os.path.splitext(self.name(i))[0]
+        if self.layout == "cityscapes":
+            stem = f"{stem.removesuffix('_leftImg8bit')}_gtFine_label{'Ids' if self.ids else 'TrainIds'}"
+        return self.maps / f"{stem}.png"
+
+    def label(self, photo):
+        """The label map of a photo, uint8 [H, W]."""
+        path = self.path(photo.index)
+        try:
+            with common.decoding(), Image.open(path) as image:
+                label = np.asarray(image)
+        except common.Unreadable as error:
+            raise BadLabel(f"{path} cannot be decoded ({error})") from error
+        if label.shape != photo.size[::-1]:
+            raise BadLabel(f"{path} is {' x '.join(map(str, label.shape))}, rows by columns, and must be one grey or palette "
+                           f"channel of {photo.size[1]} x {photo.size[0]} like its image")
+        if self.ids:
+            label = TRAIN_IDS[label]
+        wrong = label[(label >= self.classes) & (label != IGNORE)]
+        if wrong.size:
+            raise BadLabel(f"{path} holds the label {wrong.min()}: with {self.classes} classes take 0 to {self.classes - 1}, and "
+                           f"{IGNORE} for what is to be ignored")
+        return label.astype(np.uint8)
+
+    def identity(self):
+        return {**super().identity(), "layout": self.layout}
+
+
+def crop(photo, rng, size, source):
+    """Training's view (A.5): scaled by 0.5 to 2, cut to size x size at random, mirrored half of the time: image uint8
+    [3, size, size], label uint8 [size, size]; what lies beyond the image is grey and ignored."""
+    label = Image.fromarray(source.label(photo))
+    scale = rng.uniform(0.5, 2.0)
+    sides = [max(1, round(side * scale)) for side in photo.size]              # of the scaled image
+    seen = [min(side, size) for side in sides]
+    corner = [int(rng.integers(side - part + 1)) for side, part in zip(sides, seen)]
+    ratio = [full / side for full, side in zip(photo.size, sides)]
+    box = [c * r for c, r in zip(corner, ratio)] + [
+        min((c + s) * r, full) for c, s, r, full in zip(corner, seen, ratio, photo.size)]
+    image, cut = Image.new("RGB", (size, size), GREY), Image.new("L", (size, size), IGNORE)
+    image.paste(photo.decode().resize(seen, Image.Resampling.BILINEAR, box))
+    cut.paste(label.resize(seen, Image.Resampling.NEAREST, box))
+    views = {"image": common.to_tensor(image), "label": torch.from_numpy(np.array(cut))}
+    return {name: x.flip(-1) for name, x in views.items()} if rng.random() < 0.5 else views
+
+
+def entire(photo, rng, source):
+    """A test's: image uint8 [3, H, W] and label uint8 [H, W] as they are."""
+    return {"image": common.to_tensor(photo.decode()), "label": torch.from_numpy(source.label(photo))}
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+def dilate(backbone):
+    """Stage 5 at stride 16 instead of 32: all its 3x3 convolutions get dilation 2 and stride 1 (A.5). The weights stay
+    the same."""
+    for module in backbone.layer4.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+            if module.kernel_size == (3, 3):
+                module.dilation = module.padding = (2, 2)
+
+
+class FCN(nn.Module):
+    """FCN-16s as in MoCo A.5: dilated backbone, two 3x3 convolutions of 256 channels and dilation 6, a 1x1 convolution."""
+
+    def __init__(self, backbone, classes):
+        super().__init__()
+        dilate(backbone)
+        self.backbone, self.normalise = backbone, common.Photometric()
+        layer = partial(Conv2dNormActivation, out_channels=256, kernel_size=3, dilation=6, norm_layer=common.sync_batchnorm)
+        self.head = nn.Sequential(layer(backbone.channels[-1]), layer(256), nn.Conv2d(256, classes, 1))
+
+    def forward(self, image):
+        """[N, 3, H, W] uint8 -> scores of every pixel [N, classes, H, W], float32."""
+        height, width = image.shape[2:]
+        # Feature (i, j) is centred on pixel (16 i, 16 j). In an image of 16 n + 1 pixels, as 513 and 769 are, n + 1 features reach
+        # from the first pixel to the last, and corners aligned means that every score stands where it belongs.
+        x = F.pad(self.normalise(image), (0, (1 - width) % 16, 0, (1 - height) % 16))
+        scores = self.head(self.backbone(x)[-1])                                  # [N, classes, 1 + H/16, 1 + W/16]
+        scores = F.interpolate(scores.float(), x.shape[2:], mode="bilinear", align_corners=True)
+        return scores[..., :height, :width]
+
+
+def pixel_loss(scores, label):
+    """Cross-entropy, the mean over all pixels of all processes that are not ignored (as DistributedDataParallel averages).
+    scores [N, classes, H, W], label [N, H, W] uint8."""
+    count = (label != IGNORE).sum()
+    if common.world_size() > 1:
+        dist.all_reduce(count)
+    total = F.cross_entropy(scores, label.long(), ignore_index=IGNORE, reduction="sum")
+    return total * common.world_size() / count.clamp(min=1)
+
+
+# --- Intersection over union -----------------------------------------------------------------------------------------
+
+def confusion(prediction, label, classes):
+    """How many pixels of class i (row) were taken for class j (column): [classes, classes]; ignored ones count nowhere."""
+    place = torch.where(label == IGNORE, classes ** 2, label.long() * classes + prediction).flatten()
+    counts = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=place.device)
+    return counts.scatter_add_(0, place, torch.ones_like(place))[:-1].view(classes, classes)
+
+
+def iou(counts):
+    """Intersection over union of each class, of a confusion matrix; nan for one that is neither there nor predicted."""
+    hits = counts.diagonal().double()
+    return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
+
+
+@torch.no_grad()
+def evaluate(model, source, args, device):
+    """{"mIoU", "pixel_accuracy"} in [0, 1], of whole images at their own size; the former over the classes that occur."""
+    model.eval()
+    torch.backends.cudnn.benchmark = False  # images have many sizes
+    counts, shown = torch.zeros(args.classes, args.classes, dtype=torch.long, device=device), []
+    mine = range(common.rank(), len(source), common.world_size())
+    batches = ([(0, i)] for i in mine)
+    for batch in common.Loader(source, partial(entire, source=source), batches, args.workers, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            prediction = model(batch["image"]).argmax(dim=1)
+        counts += confusion(prediction, batch["label"], args.classes)
+        if len(shown) < 8:
+            shown.append([batch["image"] / 255, paint(batch["label"]), paint(prediction)])
+    common.save_views(Path(args.out, "predictions.png"), *(torch.cat([F.interpolate(x, (256, 256)) for x in column])
+                                                           for column in zip(*shown)))
+    if common.world_size() > 1:
+        dist.all_reduce(counts)
+    torch.backends.cudnn.benchmark = True
+    model.train()
+    return {"mIoU": iou(counts).nanmean().item(), "pixel_accuracy": (counts.trace() / counts.sum()).item()}
+
+
+def paint(label):
+    """Label maps [N, H, W] as pictures [N, 3, H, W] in [0, 1]: a colour a class, black for 0, white for what is ignored."""
+    turns = label[:, None].float() * 0.618 + torch.tensor([0, 1 / 3, 2 / 3], device=label.device).view(3, 1, 1)
+    colours = (0.55 + 0.45 * torch.cos(2 * math.pi * turns)) * (label != 0)[:, None]
+    return torch.where((label == IGNORE)[:, None], 1.0, colours)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = common.Parser(__doc__, DEFAULTS)
+    convert.add_init(parser)
+    add = parser.own.add_argument
+    count = common.number(int, 1)
+    add("--data", metavar="DIR", required=True, help="VOC2012, cityscapes, or train/ and val/ with images/ and labels/ in each")
+    add("--classes", type=common.number(int, 2, 255), help="how many the label maps tell apart (default: 21 of VOC, 19 of Cityscapes)")
+    add("--size", type=common.number(int, 33), help="side of a crop in training, best 16 n + 1 pixels; 769 on Cityscapes")
+    add("--iterations", type=count, help="steps of the whole run, if no --epochs are given; 90000 on Cityscapes")
+    add("--weight-decay", type=common.number(float, 0), help="of all parameters")
+    add("--drops", type=common.number(float, 0, 1), nargs="*", help="when the learning rate falls to a tenth, in shares of the run")
+    add("--eval-every", type=count, help="epochs between mIoUs (default: at the end alone)")
+    args = parser.parse(lambda args: CITYSCAPES if layout(args.data)[0] == "cityscapes" else {})
+    args.classes = args.classes or layout(args.data)[1]
+    if args.classes is None:
+        common.fail(f"say how many --classes the label maps of {args.data} tell apart")
+    return args
+
+
+def train():
+    device = common.init_distributed()
+    args = arguments()
+    source, val = (Labelled(args.data, split, args.classes) for split in ("train", "val"))
+    if len(source) < args.batch_size:
+        common.fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
+    steps = len(source) // args.batch_size
+    args.iterations = args.epochs * steps if args.epochs else args.iterations
+    args.epochs = math.ceil(args.iterations / steps)
+    common.seed_device(args.seed)
+    model = FCN(convert.backbone(args, common.sync_batchnorm), args.classes).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    run = common.Run(args, source, "segment", model, optimizer)
+    run.total, run.last = args.iterations, min(args.iterations, args.max_steps or args.iterations)
+    batches = run.batches(partial(crop, size=args.size, source=source), device)
+    ddp = common.parallel(model, device)
+
+    for batch in batches:
+        if run.step == 0:
+            common.save_views(Path(args.out, "views.png"), batch["image"][:8] / 255, paint(batch["label"][:8]))
+        common.seed_device(args.seed, run.step, common.rank())
+        lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total, drops=args.drops)
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            scores = ddp(batch["image"])
+        loss = pixel_loss(scores, batch["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step += 1
+        if run.step % args.print_every == 0:
+            run.log(loss, {}, lr)
+        if run.step == run.total or args.eval_every and run.step % (args.eval_every * steps) == 0:
+            run.write(evaluate(model, val, args, device))
+            run.restart_clock()
+        if run.step % args.save_every == 0 or run.step == run.last:
+            run.save()
+    run.summary(loss="per pixel, in nats", mIoU=f"of {len(val)} whole images, up to five last rows")
+    common.finish()
+
+
+def main():
+    try:
+        train()
+    except BadLabel as error:  # from a worker with its whole traceback before it
+        common.fail(str(error).splitlines()[-1].rpartition("BadLabel: ")[2], everywhere=True)
+
+
+if __name__ == "__main__":
+    main()
