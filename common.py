@@ -19,6 +19,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # the batches of training have one shape
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=timedelta(hours=1))  # while process 0 alone judges what all have found
     return device
 
 
@@ -159,6 +161,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if world_size() == 1 or not self.training:
             return super().forward(x)
+        kind, (x,) = x.dtype, float32(x)
         var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
         count = torch.full_like(mean, x.numel() // len(mean))
         counts, means, variances = all_gather(torch.stack([count, mean, var])[None]).unbind(dim=1)  # [world, C] each
@@ -170,7 +173,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return x * scale.view(-1, *[1] * (x.ndim - 2)) + (self.bias - mean * scale).view(-1, *[1] * (x.ndim - 2))
+        shape = -1, *[1] * (x.ndim - 2)
+        return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(kind)
 
 
 def sync_batchnorm(channels):
@@ -601,6 +605,17 @@ class ImageFolder:
         with decoding():
             return Photo(Image.open(self.root / self.name(i)), i)
 
+    def only(self, names, what):
+        """Keep these images alone, a list of bytes, in its order. Exits with 2 where one of them is not there; what: who names
+        them."""
+        missing = sorted(set(names) - set(self.names.tobytes().split(b"\0")))
+        if missing:
+            fail(f"{self.root} lacks {len(missing)} of the {len(names)} images of {what}: {os.fsdecode(missing[0])}")
+        if not names:
+            fail(f"{what} names no image")
+        self.names = np.frombuffer(b"\0".join(names) + b"\0", np.uint8)
+        self.ends = np.flatnonzero(self.names == 0)
+
     def labels(self, classes=None):
         """(class of every image, names of the classes): the first folder below the root, as ImageNet is laid out."""
         folders = [self.name(i).rpartition(os.sep)[0].partition(os.sep)[0] for i in range(len(self))]
@@ -886,6 +901,17 @@ def load(path):
     return state
 
 
+def read_log(path):
+    """The rows of a log.jsonl, without a line that a kill may have torn; exits with 2 where it is none."""
+    try:
+        rows = [json.loads(row) for row in Path(path).read_text().splitlines() if row.endswith("}")]
+        if not all(isinstance(row["step"], int) for row in rows):
+            raise ValueError("a step is no number")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"{path} is no log.jsonl of this project ({type(error).__name__}: {error}): mend or remove it")
+    return rows
+
+
 class Run:
     """A run in its folder --out: resumed from last.pt and saved there, logged to log.jsonl, console and TensorBoard.
 
@@ -896,6 +922,8 @@ class Run:
     def __init__(self, args, source, method, model, optimizer):
         self.args, self.source, self.method, self.model, self.optimizer = args, source, method, model, optimizer
         self.steps_per_epoch = len(source) // args.batch_size
+        if not self.steps_per_epoch:
+            fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
         self.total = args.epochs * self.steps_per_epoch
         self.last = min(self.total, args.max_steps or self.total)
         self.settings = {name: x for name, x in vars(args).items() if name not in ONLY_RUNNING} | source.identity()
@@ -981,9 +1009,9 @@ class Run:
                 self.board.add_scalar(name, value, self.step)
 
     def rows(self):
-        """What log.jsonl holds so far; without a line that a kill may have torn."""
+        """What log.jsonl holds so far."""
         path = Path(self.out, "log.jsonl")
-        return [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")] if path.exists() else []
+        return read_log(path) if path.exists() else []
 
     def summary(self, **notes):
         """Print where the run ended: what the last rows say of each stat named, beside its note on how to read it."""
@@ -1081,7 +1109,7 @@ def features(backbone, source, indices, size, device, workers, stage=5):
     batches = ([(0, int(i)) for i in indices[start:start + 512]] for start in range(0, len(indices), 512))
     normalise = Photometric().to(device)
     for batch in Loader(source, view, batches, workers, device):
-        c = backbone(normalise(batch["view"]))[stage - 6]
+        c = backbone(normalise(batch["view"]), stage - 1)[-1]
         yield batch["index"], F.normalize(c.float().mean(dim=(2, 3)), dim=1)
 
 

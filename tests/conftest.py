@@ -55,7 +55,7 @@ def runs(mask):
 
 
 def write_scenes(folder, count, size=64, seed=0):
-    """Drawn scenes as PNG with COCO annotations, whose category ids are 10, 20, ...; keypoints are a box's upper corners."""
+    """Drawn scenes as PNG with COCO annotations, whose category ids are 10, 20, ...; keypoints are the pixels in a box's upper corners."""
     shapes, names = common.Shapes(count, size, seed), list(common.KINDS)
     folder = Path(folder)
     (folder / "images").mkdir(parents=True)
@@ -69,7 +69,7 @@ def write_scenes(folder, count, size=64, seed=0):
             notes["annotations"].append({
                 "id": len(notes["annotations"]) + 1, "image_id": 100 + i, "category_id": 10 * (k + 1), "iscrowd": 0,
                 "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "num_keypoints": 2,
-                "segmentation": {"size": [size, size], "counts": runs(mask)}, "keypoints": [x1, y1, 2, x2, y1, 2]})
+                "segmentation": {"size": [size, size], "counts": runs(mask)}, "keypoints": [x1, y1, 2, x2 - 1, y1, 2]})
     (folder / "notes.json").write_text(json.dumps(notes))
     return folder
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as rle
 
 import common
 import detcon
@@ -41,8 +42,23 @@ def test_packed_run_lengths_are_read_as_pycocotools_writes_them():
 
 
 def test_polygons_are_filled():
-    mask = coco_masks.decode([[10, 10, 30, 10, 30, 20, 10, 20]], (50, 40))
-    assert mask.shape == (40, 50) and mask[15, 20] and not mask[25, 20] and 180 < mask.sum() < 260
+    mask = coco_masks.decode([[10, 10, 30, 10, 30, 20, 10, 20], [2.4, 1, 2.6, 1, 2.6, 5, 2.4, 5]], (50, 40))
+    truth = np.zeros((40, 50), bool)
+    truth[10:20, 10:30], truth[1:5, 2] = True, True
+    assert np.array_equal(mask, truth)
+
+
+@pytest.mark.parametrize("radius", [5, 12, 40])
+def test_polygons_are_filled_as_pycocotools_does(radius):
+    rng, overlap = np.random.default_rng(radius), []
+    for _ in range(50):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, 12))
+        points = 50 + (radius * rng.uniform(0.6, 1, 12) * np.stack([np.cos(angle), np.sin(angle)])).T
+        ours = coco_masks.decode([points.flatten().tolist()], (100, 100))
+        theirs = rle.decode(rle.merge(rle.frPyObjects([points.flatten().tolist()], 100, 100))) > 0
+        overlap.append((ours & theirs).sum() / (ours | theirs).sum())
+        assert abs(ours.sum() - theirs.sum()) < 0.12 * theirs.sum() + 3
+    assert np.mean(overlap) > {5: 0.85, 12: 0.93, 40: 0.98}[radius], np.mean(overlap)
 
 
 def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):

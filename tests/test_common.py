@@ -285,6 +285,8 @@ def synchronised(x, first):
     mine = mine.clone().requires_grad_()
     y = norm(mine)
     (y * y.detach().cos() + y ** 3).sum().backward()
+    low = common.SyncBatchNorm(x.shape[1])(mine.detach().bfloat16())  # as under autocast
+    assert low.dtype == torch.bfloat16 and (low - y.detach()).abs().max() < 0.05
     return y.detach().numpy(), mine.grad.numpy(), norm.running_mean.numpy(), norm.running_var.numpy()
 
 

@@ -44,32 +44,38 @@ def run(monkeypatch, *argv):
     return run_script(detect, monkeypatch, *argv)
 
 
-def annotated(folder, **kwargs):
-    return detect.Annotated(folder / "images", folder / "notes.json", training=True, **kwargs)
+def annotated(folder, needs=None):
+    return detect.Annotated(folder / "images", folder / "notes.json", training=True, needs=needs)
 
 
 def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
-    source, shapes = annotated(scenes[0]), common.Shapes(12, 64)
+    source, pointed, shapes = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints"), common.Shapes(12, 64)
     for i in range(12):
-        batch = detect.example(source.photo(i), None, source, masks=True, keypoints=True)
+        batch = detect.example(source.photo(i), None, source, masks=True)
+        points = detect.example(pointed.photo(i), None, pointed, keypoints=True)["keypoints"]
         n = int(source.name(i).partition(".")[0])
         image, boxes, masks, classes = shapes.scene(n)
         assert source.ids[i] == 100 + n and np.array_equal(batch["image"].permute(1, 2, 0), image)
         assert np.array_equal(batch["boxes"], boxes) and np.array_equal(batch["masks"], masks)
         assert (batch["labels"] - 1).tolist() == classes.tolist()
-        assert np.array_equal(batch["keypoints"][:, 0, :2], boxes[:, :2])
+        assert np.array_equal(points[:, 0, :2], boxes[:, :2] + 0.5)                       # the middle of the first pixel
 
 
 def test_a_mirrored_example_is_mirrored_whole(scenes):
-    source = annotated(scenes[0])
-    plain, other = (detect.example(source.photo(3), None, source, masks=True, keypoints=True) for _ in range(2))
-    other = detect.mirrored(other, source.keypoints)
+    def look():
+        masked, pointed = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints")
+        return (detect.example(masked.photo(3), None, masked, masks=True)
+                | {"keypoints": detect.example(pointed.photo(3), None, pointed, keypoints=True)["keypoints"]})
+
+    names, plain = ["left_top", "right_top"], look()
+    other = detect.mirrored(look(), names)
     assert torch.equal(other["image"], plain["image"].flip(2)) and not torch.equal(other["image"], plain["image"])
     inner = torchvision.ops.masks_to_boxes(other["masks"])                                # its right and lower edge are pixels
     assert torch.equal(inner + torch.tensor([0, 0, 1, 1]), other["boxes"])
-    assert torch.equal(other["keypoints"][:, 0, :2], other["boxes"][:, :2])               # left_top is on the left again
-    assert torch.equal(other["keypoints"][:, 1, :2], other["boxes"][:, [2, 1]])
-    again = detect.mirrored(other, source.keypoints)
+    corner = torch.tensor([0.5, 0.5])
+    assert torch.equal(other["keypoints"][:, 0, :2], other["boxes"][:, :2] + corner)      # left_top is on the left again
+    assert torch.equal(other["keypoints"][:, 1, :2], other["boxes"][:, [2, 1]] + corner * torch.tensor([-1, 1]))
+    again = detect.mirrored(other, names)
     assert all(torch.equal(again[name], plain[name]) for name in ("image", "boxes", "masks", "keypoints"))
 
 
@@ -163,23 +169,78 @@ def test_two_processes_train_under_torchrun_and_one_goes_on(scenes, tmp_path, mo
     assert [row["step"] for row in log] == [1, 2, 3, 3, 4, 5, 6, 6] and "AP" in log[3] and "AP" in log[-1]
 
 
-def judged(folder, out, batch_size):
+def judged(folder, out):
     detector = detect.build("fcos", ARCH, 12, size=(64, 64))
     detector.load_state_dict(weights(out))
     source = detect.Annotated(folder / "images", folder / "notes.json", training=False)
-    args = argparse.Namespace(batch_size=batch_size, workers=0, amp="off", model="fcos")
-    return detect.evaluate(detector, source, folder / "notes.json", args, torch.device("cpu"))
+    args = argparse.Namespace(workers=0, amp="off", model="fcos")
+    return detect.evaluate(detector, source, detect.ground_truth(folder / "notes.json", source), args, torch.device("cpu"))
 
 
 def test_two_processes_find_the_same_ap_as_one(scenes, learned):
-    one, (first, second) = judged(scenes[0], learned, 2), in_processes(2, judged, scenes[0], learned, 4)
+    one, (first, second) = judged(scenes[0], learned), in_processes(2, judged, scenes[0], learned)
     assert one == first and second == {} and one["AP50"] > 20
+
+
+def sparse(notes):
+    """Annotations as loose as annotators make them."""
+    for image in notes["images"]:
+        del image["width"], image["height"]
+    ids = {image["id"]: f"number {image['id']}" for image in notes["images"]}
+    for image in notes["images"]:
+        image.update(id=ids[image["id"]], file_name=f"./{image['file_name']}")
+    for note in notes["annotations"]:
+        note.update(image_id=ids[note["image_id"]], iscrowd=None, area=None)
+        del note["id"], note["num_keypoints"]
+    return notes
+
+
+@pytest.mark.parametrize("model", ["maskrcnn", "keypointrcnn"])
+def test_what_annotators_leave_out_does_not_end_a_run(tmp_path, monkeypatch, model):
+    parts = write_scenes(tmp_path / "train", 4), write_scenes(tmp_path / "val", 2, seed=1)
+    for folder in parts:
+        (folder / "notes.json").write_text(json.dumps(sparse(json.loads((folder / "notes.json").read_text()))))
+    assert run(monkeypatch, *arguments(parts, tmp_path / "out", "--model", model, "--epochs", 1)) == 0
+    assert "AP" in rows(tmp_path / "out")[-1]
+
+
+def test_without_a_single_object_to_find_ap_is_0(scenes, tmp_path, monkeypatch):
+    folder = write_scenes(tmp_path / "val", 2)
+    notes = json.loads((folder / "notes.json").read_text())
+    (folder / "notes.json").write_text(json.dumps({**notes, "annotations": []}))
+    assert run(monkeypatch, *arguments((scenes[0], folder), tmp_path / "out", "--max-steps", 3, "--epochs", 1)) == 0
+    assert rows(tmp_path / "out")[-1]["AP"] == 0
+
+
+def test_a_finished_run_is_judged_when_val_is_named_at_last(scenes, tmp_path, monkeypatch):
+    plan = arguments(scenes, tmp_path, "--epochs", 1)
+    at = plan.index("--val")
+    assert run(monkeypatch, *plan[:at], *plan[at + 3:]) == 0 and "AP" not in rows(tmp_path)[-1]
+    for _ in range(2):
+        assert run(monkeypatch, *plan) == 0
+        assert ["AP" in row for row in rows(tmp_path)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("model", list(detect.LOWEST))
+def test_bf16_leaves_anchors_and_boxes_in_float32(model):
+    torch.manual_seed(0)
+    detector = detect.build(model, ARCH, 3, keypoints=2, size=(64, 64), rois=8)
+    trainee, seen = detect.Trainee(detector), []
+    anchors = detector.rpn.anchor_generator if hasattr(detector, "rpn") else detector.anchor_generator
+    anchors.register_forward_hook(lambda module, x, output: seen.extend(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = {"image": [torch.randint(0, 256, (3, 64, 1100), dtype=torch.uint8)], "boxes": [torch.tensor([[3.0, 4, 40, 50]])],
+                 "labels": [torch.tensor([1])], "masks": [torch.ones(1, 64, 1100, dtype=torch.uint8)],
+                 "keypoints": [torch.ones(1, 2, 3)]}
+        detector.transform.max_size = 2000
+        loss, _ = trainee.train()(batch)
+    assert loss.isfinite() and seen[0].dtype == torch.float32 and len(seen[0].unique(dim=0)) == len(seen[0])
 
 
 def test_a_frozen_backbone_stays_bit_for_bit_and_the_rest_learns(scenes, checkpoints, tmp_path, monkeypatch):
     path, model = checkpoints["soco"]
     before = {f"backbone.body.{name}": x for name, x in model.online.backbone.state_dict().items()}
-    assert run(monkeypatch, *arguments(scenes, tmp_path, "--freeze", init=path)) == 0
+    assert run(monkeypatch, *arguments(scenes, tmp_path, "--freeze", "--eval-every", 1, init=path)) == 0
     after = weights(tmp_path)
     assert all(torch.equal(after[name], x) for name, x in before.items())
     assert not torch.equal(after["backbone.fpn.inner_blocks.0.0.weight"], model.online.fpn.inner_blocks[0][0].weight)
@@ -198,8 +259,10 @@ def test_ap_is_what_it_is_by_hand(tmp_path):
     notes = {"images": [{"id": 1, "width": 200, "height": 100, "file_name": "1.png"}], "categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "b"}],
              "annotations": [box(1, 1, 5, 10), box(2, 1, 5, 110), box(3, 1, 6, 60)]}
     (tmp_path / "notes.json").write_text(json.dumps(notes))
-    found = lambda k, x, score: {"image_id": 1, "category_id": k, "bbox": [x, 10, 40, 40], "score": score}
-    ap = lambda *rows: detect.coco_ap(tmp_path / "notes.json", list(rows), ["bbox"])
+    Image.new("RGB", (200, 100)).save(tmp_path / "1.png")
+    truth = detect.ground_truth(tmp_path / "notes.json", detect.Annotated(tmp_path, tmp_path / "notes.json", training=False))
+    found = lambda k, x, score: {"image_id": 0, "category_id": k, "bbox": [x, 10, 40, 40], "score": score}
+    ap = lambda *rows: detect.coco_ap(truth, list(rows), ["bbox"])
     assert ap(found(5, 10, 0.9), found(5, 110, 0.8), found(6, 60, 0.7)) == {"AP": 100, "AP50": 100, "AP75": 100}
     assert ap() == {"AP": 0, "AP50": 0, "AP75": 0}
     half = 51 / 101                                                                       # class a: precision 1 up to recall 0.5
@@ -235,13 +298,21 @@ def change(notes, kind):
             del note["keypoints"]
     elif kind == "unbounded":
         notes["annotations"][0]["bbox"] = [1, 2, 3]
+    elif kind == "no number":
+        notes["annotations"][0]["bbox"][0] = "a"
+    elif kind == "no such image":
+        notes["annotations"][0]["image_id"] = 999
+    elif kind == "no masks":
+        notes["annotations"][0]["segmentation"] = []
     return notes
 
 
 @pytest.mark.parametrize("kind, says, more", [
     ("unknown category", "category 7", []), ("no categories", "no file of COCO annotations", []), ("another class", "horse", []),
     ("missing image", "lacks 1 of the 12 images", []), ("wrong size", "its annotations 65 x 64", []),
-    ("no keypoints", "annotates nothing with keypoints", ["--model", "keypointrcnn"]), ("unbounded", "no file of COCO annotations", [])])
+    ("no keypoints", "annotates nothing with keypoints", ["--model", "keypointrcnn"]), ("unbounded", "no file of COCO annotations", []),
+    ("no number", "no file of COCO annotations", []), ("no such image", "image 999", []),
+    ("no masks", "image 100 has no segmentation", ["--model", "maskrcnn"])])
 def test_wrong_annotations_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, kind, says, more):
     folder = write_scenes(tmp_path / "train", 12)
     (folder / "notes.json").write_text(json.dumps(change(json.loads((folder / "notes.json").read_text()), kind)))
@@ -251,7 +322,7 @@ def test_wrong_annotations_end_with_one_line(scenes, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--size", 96, 64], "the smaller comes first"), (["--batch-size", 64], "take a smaller --batch-size"), (["--arch", "resnet17"], "unknown --arch"),
+    (["--size", 96, 64], "the smaller comes first"), (["--batch-size", 64], "do not fill a batch of 64"), (["--arch", "resnet17"], "unknown --arch"),
     (["--init", "nothing.pt"], "cannot be read"), (["--arch", "resnet18w0.1", "--model", "fcos"], "a width of a quarter")])
 def test_wrong_flags_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, more, says):
     assert run(monkeypatch, *arguments(scenes, tmp_path, *more)) == 2
@@ -281,12 +352,12 @@ class Blind(torch.nn.Module):
 def test_an_image_that_cannot_be_decoded_is_named_and_no_other_counts_twice(tmp_path, monkeypatch, capsys):
     folder, seen = write_scenes(tmp_path / "val", 101, size=16), []
     (folder / "images" / "2.png").write_bytes(b"torn")
-    monkeypatch.setattr(detect, "coco_ap", lambda path, rows, kinds: seen.extend(rows) or {})
+    monkeypatch.setattr(detect, "coco_ap", lambda truth, rows, kinds: seen.extend(rows) or {})
     monkeypatch.setattr(detect, "detections", lambda output, image, classes: [image])
     source = detect.Annotated(folder / "images", folder / "notes.json", training=False)
-    args = argparse.Namespace(batch_size=4, workers=0, amp="off", model="fasterrcnn")
-    detect.evaluate(Blind(), source, folder / "notes.json", args, torch.device("cpu"))
-    assert sorted(seen) == [i for i in range(100, 201) if i != 102] and "2.png" in capsys.readouterr().err
+    args = argparse.Namespace(workers=0, amp="off", model="fasterrcnn")
+    detect.evaluate(Blind(), source, None, args, torch.device("cpu"))
+    assert sorted(seen) == [i for i in range(101) if i != 2] and "2.png" in capsys.readouterr().err
 
 
 def test_pictures_are_decoded_upright_as_annotated(tmp_path):

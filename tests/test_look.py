@@ -14,7 +14,7 @@ import dupr
 import moco
 import soco
 from conftest import run_script, write_pictures
-from transfer import look
+from transfer import look, page
 
 SMALL = ("--arch", "resnet18w0.0625", "--size", 32, "--batch-size", 8, "--max-steps", 2, "--print-every", 1, "--workers", 0)
 
@@ -202,9 +202,9 @@ def test_masks_lie_on_what_they_are_masks_of(tmp_path, monkeypatch):
 # --- Curves ----------------------------------------------------------------------------------------------------------
 
 def test_ticks_are_round_and_enclose_the_values():
-    assert np.allclose(look.ticks([0, 1]), [0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert np.allclose(look.ticks([3, 512]), [0, 200, 400, 600]) and np.allclose(look.ticks([-7.9, -0.1]), [-8, -6, -4, -2, 0])
-    assert look.ticks([4, 4])[0] < 4 < look.ticks([4, 4])[-1] and look.ticks([0.0])[0] < 0 < look.ticks([0.0])[-1]
+    assert np.allclose(page.ticks([0, 1]), [0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert np.allclose(page.ticks([3, 512]), [0, 200, 400, 600]) and np.allclose(page.ticks([-7.9, -0.1]), [-8, -6, -4, -2, 0])
+    assert page.ticks([4, 4])[0] < 4 < page.ticks([4, 4])[-1] and page.ticks([0.0])[0] < 0 < page.ticks([0.0])[-1]
 
 
 def test_curves_draw_the_values_of_the_logs_where_the_axes_say(tmp_path, monkeypatch):
@@ -213,8 +213,8 @@ def test_curves_draw_the_values_of_the_logs_where_the_axes_say(tmp_path, monkeyp
         rows = [{"epoch": 0, "step": 100 * k, "loss": v} for k, v in enumerate(values)] + [{"epoch": 1, "step": 50, "loss": float("nan")}]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
     sheet = drawn(tmp_path, monkeypatch, "curves", tmp_path / "a", tmp_path / "b" / "log.jsonl")
-    left, top, right, bottom = look.FRAME
-    assert sheet.size == look.CHART
+    left, top, right, bottom = page.FRAME
+    assert sheet.size == page.CHART
     y, x = spots(sheet, (0, 114, 178))                                   # a: rises from corner to corner
     y, x = y[(y > top - 5)], x[(y > top - 5)]
     assert np.abs((x + 0.5 - left) / (right - left) - (bottom - y - 0.5) / (bottom - top)).max() < 0.03
@@ -260,11 +260,11 @@ def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_pat
     ("proposals --data {data} --proposals truth", "drawn shapes"),
     ("masks --masks grid17", "nor a folder"),
     ("masks --data {data} --masks truth", "drawn shapes"),
-    ("curves nowhere", "cannot be read"),
-    ("curves {moco}", "cannot be read"),
+    ("curves nowhere", "no log.jsonl"),
+    ("curves {moco}", "no log.jsonl"),
     ("curves {log} --stats speed", "not in the logs"),
-    ("curves {log} --out nowhere/a.png", "cannot write"),
-    ("curves {log} --out a.xyz", "cannot write"),
+    ("curves {log} --out nowhere/a.png", "in a folder that exists"),
+    ("curves {log} --out a.xyz", "it must be a picture"),
     ("", "required"),
 ])
 def test_what_cannot_be_drawn_ends_with_one_line_and_2(argv, words, monkeypatch, capsys, runs, pictures, tmp_path):

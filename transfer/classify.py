@@ -2,7 +2,7 @@
 
     python transfer/classify.py --init runs/moco/last.pt --data /imagenet                     linear probe of c5 (MoCo Sec. 4.1)
     python transfer/classify.py --init random --data DIR --protocol knn                       c2 to c5 beside each other
-    python transfer/classify.py --init runs/detco/last.pt --data VOCdevkit/VOC2007 --protocol svm    DetCo Table 2, DUPR Table 6
+    python transfer/classify.py --init runs/detco/last.pt --data VOC2007 --protocol svm       DetCo Table 2, DUPR Table 6
     python transfer/classify.py --init resnet50.pth --data DIR --protocol finetune            end to end (MoCo A.6, A.7)
     torchrun --nproc_per_node=8 transfer/classify.py ...                                      the same, sooner
 
@@ -26,7 +26,7 @@ from transfer import convert  # noqa: E402
 
 DEFAULTS = dict(  # the linear probe of MoCo Sec. 4.1; lr is for 256 images a step
     protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8], print_every=50)
-FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # MoCo A.6; lr 0.03 from a checkpoint, 0.1 from nothing (A.7)
+FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # lr 0.03 from a checkpoint, 0.1 from nothing (A.7); drops of A.6
 
 POOL = {2: 6, 3: 4, 4: 3, 5: 2}                # svm pools a stage to so many cells a side: about 9000 numbers of a ResNet-50
 COSTS = [2.0 ** k for k in range(-19, 8, 2)]   # an SVM's, to choose from
@@ -46,11 +46,8 @@ class VOC2007(common.ImageFolder):
             self.truth = torch.tensor([[int(column[name]) for column in columns] for name in names])
         except (OSError, ValueError, LookupError) as error:
             common.fail(f"{root}/ImageSets/Main/*_{split}.txt cannot be read as VOC's ({type(error).__name__}: {error})")
-        missing = {f"{name}.jpg".encode() for name in names} - set(self.names.tobytes().split(b"\0"))
-        if missing:
-            common.fail(f"{self.root} lacks {len(missing)} of the {len(names)} images of {split}: {min(missing).decode()}")
-        self.names = np.frombuffer("".join(f"{name}.jpg\0" for name in names).encode(), np.uint8)
-        self.ends = np.flatnonzero(self.names == 0)
+        self.classes = [file.name.removesuffix(f"_{split}.txt") for file in files]
+        self.only([f"{name}.jpg".encode() for name in names], split)
 
 
 def open_labelled(args):
@@ -59,6 +56,8 @@ def open_labelled(args):
         if args.protocol != "svm":
             common.fail(f"{args.data} is VOC's, whose images show several classes: take --protocol svm")
         train, val = (VOC2007(args.data, split) for split in ("trainval", "test"))
+        if train.classes != val.classes:
+            common.fail(f"{args.data}: class {min(set(train.classes) ^ set(val.classes))} is in trainval or test alone")
         return train, val, None, train.truth.shape[1]
     train, val = (common.ImageFolder(Path(args.data, part)) for part in ("train", "val"))
     labels, classes = train.labels()
@@ -119,8 +118,9 @@ def evaluate(model, source, labels, args, device):
     for batch in common.Loader(source, partial(example, size=args.size, labels=labels), batches, args.workers, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             scores = model(batch["view"])
-        hits = scores.topk(min(5, scores.shape[1])).indices == batch["label"][:, None]    # [N, 5]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), batch["label"].new_tensor(len(hits))])
+        own = (batch["at"] == batch["index"])[:, None]                                    # not what stands in for another
+        hits = (scores.topk(min(5, scores.shape[1])).indices == batch["label"][:, None]) & own  # [N, 5]
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), own.sum()])
     if common.world_size() > 1:
         dist.all_reduce(counts)
     model.train()
@@ -130,8 +130,6 @@ def evaluate(model, source, labels, args, device):
 
 def train(args, source, val, labels, classes, backbone, device):
     """linear and finetune: the loop, with a row of `evaluate` each epoch."""
-    if len(source) < args.batch_size:
-        common.fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
     model = Classifier(backbone, args.stage, classes, args.protocol == "linear")
     model.to(device, memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -158,8 +156,8 @@ def train(args, source, val, labels, classes, backbone, device):
             run.restart_clock()
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    tested = [row for row in run.rows() if "top1" in row]
-    if common.rank() == 0 and tested:
+    tested = [row for row in run.rows() if "top1" in row] if common.rank() == 0 else []
+    if tested:
         best, last = max(row["top1"] for row in tested), tested[-1]
         print(f"{args.protocol}, c{args.stage} of {args.init}, step {run.step} of {run.total}: top-1 {last['top1']:.1%}, top-5 "
               f"{last['top5']:.1%} (best epoch's top-1 {best:.1%}; chance is {1 / classes:.1%})")
@@ -278,7 +276,7 @@ def arguments():
     add("--size", type=common.number(int, 32), help="side of a view in pixels")
     add("--stage", type=int, choices=[2, 3, 4, 5], help="whose output is classified; svm and knn show all")
     add("--weight-decay", type=common.number(float, 0), help="1e-4 in finetune")
-    add("--drops", type=common.number(float, 0, 1), nargs="*",
+    add("--drops", type=common.number(float, 0, 1), nargs="+",
         help="when the learning rate falls to a tenth, in shares of the run; 0.7 0.9 in finetune")
     return parser.parse(lambda args: {} if args.protocol != "finetune" else
                         {**FINETUNE, "lr": 0.1 if args.init == "random" else 0.03})

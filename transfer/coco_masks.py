@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -22,14 +22,22 @@ import common  # noqa: E402
 def decode(segmentation, size):
     """A mask [H, W] bool of COCO's polygons (in an image of `size` = (width, height)) or run lengths, plain or packed."""
     if isinstance(segmentation, list):
-        image = Image.new("1", size)
-        for polygon in segmentation:
-            ImageDraw.Draw(image).polygon(polygon, fill=1)
-        return np.asarray(image)
+        return np.any([np.zeros(size[::-1], bool), *(inside(polygon, size) for polygon in segmentation)], axis=0)
     counts = segmentation["counts"]
     counts = unpack(counts) if isinstance(counts, str) else counts
     values = np.arange(len(counts)) % 2 == 1                                # runs of outside, inside, outside, ...
     return np.repeat(values, counts).reshape(segmentation["size"], order="F")
+
+
+def inside(polygon, size):
+    """The pixels whose centres lie within a polygon (x1, y1, x2, y2, ...), by the even-odd rule -> [H, W] bool."""
+    x, y = np.reshape(polygon, (-1, 2)).T.astype(float)
+    dx, dy, centre = np.roll(x, -1) - x, np.roll(y, -1) - y, np.arange(size[1]) + 0.5
+    edge, row = np.nonzero((y[:, None] <= centre) != ((y + dy)[:, None] <= centre))        # which edge crosses which row
+    cross = x[edge] + (centre[row] - y[edge]) / dy[edge] * dx[edge]
+    turns = np.zeros((size[1], size[0] + 1), int)
+    np.add.at(turns, (row, np.ceil(cross - 0.5).clip(0, size[0]).astype(int)), 1)          # from here on in, or out
+    return turns.cumsum(axis=1)[:, :-1] % 2 == 1
 
 
 def unpack(text):
@@ -54,6 +62,7 @@ def main():
     parser.add_argument("annotations", help="COCO instances, JSON")
     parser.add_argument("images", help="the folder of the images")
     parser.add_argument("masks", help="the folder to write to")
+    parser.error = lambda message: common.fail(f"{message} (see --help)")
     args = parser.parse_args()
     try:
         notes = json.loads(Path(args.annotations).read_text())

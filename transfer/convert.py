@@ -134,9 +134,10 @@ def initial(args):
         args.arch = settings["arch"]
     with torch.device("meta"):
         shapes = {f"backbone.{name}": x.shape for name, x in common.resnet(args.arch).state_dict().items()}
-    other = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
+    theirs = {name: getattr(x, "shape", None) for name, x in tensors.items() if name.startswith("backbone.")}
+    other = [name for name in shapes | theirs if shapes.get(name) != theirs.get(name)]
     if other:
-        common.fail(f"--init {args.init} is no {args.arch}: {other[0]} is missing or of another shape; mend --arch")
+        common.fail(f"--init {args.init} is no {args.arch}: {other[0]} is in one alone, or of another shape; mend --arch")
     return tensors
 
 

@@ -48,37 +48,39 @@ LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fc
 class Annotated(common.ImageFolder):
     """The images of a COCO annotation file. With `training` those that show something to learn, crowds aside.
 
+    needs: what each object must have beside its box, "segmentation" or "keypoints" (an object without is not learned).
     `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. What the file says of an
     image is kept as text in one buffer, which does not grow with each worker. Exits with 2 on a file that is none.
     """
 
-    def __init__(self, folder, path, training, keypoints=False):
+    def __init__(self, folder, path, training, needs=None):
         super().__init__(folder)
         try:
             notes = json.loads(Path(path).read_text())
             self.classes = {x["id"]: x["name"] for x in sorted(notes["categories"], key=lambda x: x["id"])}
-            self.keypoints = next((x["keypoints"] for x in notes["categories"] if "keypoints" in x), [])
+            self.keypoints = next((x["keypoints"] for x in notes["categories"] if x.get("keypoints")), [])
             objects = {image["id"]: [] for image in notes["images"]}
             for note in notes["annotations"]:
                 if note["category_id"] not in self.classes:
                     common.fail(f"{path}: an object is of category {note['category_id']}, which `categories` lacks")
-                x, y, w, h = note["bbox"]
-                if not note.get("iscrowd") and w > 0 and h > 0 and (not keypoints or any(note.get("keypoints", [])[2::3])):
-                    objects[note["image_id"]].append({
-                        name: note.get(name) for name in ("category_id", "bbox", "segmentation", "keypoints")})
+                if note["image_id"] not in objects:
+                    common.fail(f"{path}: an object is in image {note['image_id']}, which `images` lacks")
+                if needs == "segmentation" and not note.get(needs):
+                    common.fail(f"{path}: an object of image {note['image_id']} has no segmentation")
+                x, y, w, h = map(float, note["bbox"])
+                seen = needs != "keypoints" or any((note.get(needs) or [])[2::3])
+                if not note.get("iscrowd") and w > 0 and h > 0 and seen:
+                    objects[note["image_id"]].append({"category_id": note["category_id"], "bbox": [x, y, w, h],
+                                                      **({needs: note[needs]} if needs else {})})
             images = [image for image in notes["images"] if objects[image["id"]] or not training]
-            names = [os.fsencode(image["file_name"]) for image in images]
+            names = [os.fsencode(os.path.normpath(image["file_name"])) for image in images]
             texts = [json.dumps([image.get("width"), image.get("height"), objects[image["id"]]]).encode() for image in images]
-            self.ids = np.array([image["id"] for image in images])
+            self.ids = [image["id"] for image in images]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             common.fail(f"{path} is no file of COCO annotations ({type(error).__name__}: {error})")
-        missing = sorted(set(names) - set(self.names.tobytes().split(b"\0")))
-        if missing:
-            common.fail(f"{folder} lacks {len(missing)} of the {len(names)} images of {path}: {os.fsdecode(missing[0])}")
         if not names:
-            common.fail(f"{path} annotates nothing" + " with keypoints" * keypoints)
-        self.names = np.frombuffer(b"\0".join(names) + b"\0", np.uint8)
-        self.ends = np.flatnonzero(self.names == 0)
+            common.fail(f"{path} annotates nothing" + (f" with {needs}" if needs else ""))
+        self.only(names, path)
         self.notes, self.note_ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
 
     def note(self, i):
@@ -90,8 +92,8 @@ class Annotated(common.ImageFolder):
 
 
 def example(photo, rng, source, masks=False, keypoints=False, flip=False):
-    """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is the ground;
-    with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
+    """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is the
+    ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
     width, height, objects = source.note(photo.index)
     if (width or photo.size[0], height or photo.size[1]) != photo.size:
         raise common.Unreadable(f"it has {photo.size[0]} x {photo.size[1]} pixels, its annotations {width} x {height}")
@@ -109,6 +111,7 @@ def example(photo, rng, source, masks=False, keypoints=False, flip=False):
         if keypoints:
             points = [objects[i]["keypoints"] for i in seen]
             batch["keypoints"] = torch.tensor(points, dtype=torch.float32).view(-1, len(source.keypoints), 3)
+            batch["keypoints"][..., :2] += 0.5  # COCO's are numbers of pixels, ours are places: the middles of those
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise common.Unreadable(f"its annotations cannot be drawn: {error}") from error
     return mirrored(batch, source.keypoints) if flip and rng.random() < 0.5 else batch
@@ -136,7 +139,8 @@ def lists(rows):
 
 def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), rois=512):
     """torchvision's detector with trained norms, over all processes, in backbone, FPN and box head. size: range of the shorter
-    side in training, in pixels; tests are at the larger. rois: those of an image that train the box head. A backbone narrower than ResNet's has a detector as much narrower."""
+    side in training, in pixels; tests are at the larger. rois: those of an image that train the box head. A backbone
+    narrower than ResNet's has a detector as much narrower."""
     norm, lowest = common.sync_batchnorm, LOWEST[model]
     network = common.resnet(arch, norm)
     channels = round(256 * min(1.0, network.width))
@@ -182,6 +186,13 @@ def fill(detector, tensors, model, head="4conv1fc"):
     return ", ".join(part(named)) or "nothing", ", ".join(part(report.missing_keys))
 
 
+def wide(x):
+    """Whatever a module gives, in float32."""
+    if isinstance(x, torch.Tensor):
+        return x.float()
+    return {name: wide(y) for name, y in x.items()} if isinstance(x, dict) else type(x)(map(wide, x))
+
+
 class Trainee(nn.Module):
     """The detector as the loop calls it. freeze: the backbone's weights and statistics stay as they are."""
 
@@ -189,6 +200,9 @@ class Trainee(nn.Module):
         super().__init__()
         self.detector, self.freeze = detector, freeze
         detector.backbone.body.requires_grad_(not freeze)
+        for name, module in detector.named_modules():  # anchors and boxes take their type: bf16 knows every 4th pixel above 512
+            if name in ("backbone", "rpn.head", "roi_heads.box_predictor", "head"):
+                module.register_forward_hook(lambda module, x, output: wide(output))
 
     def train(self, mode=True):
         super().train(mode)
@@ -206,6 +220,29 @@ class Trainee(nn.Module):
 
 # --- Average precision -----------------------------------------------------------------------------------------------
 
+def ground_truth(path, source):
+    """The annotations at `path` for pycocotools, with what annotators leave out, and images numbered as in `source`."""
+    from pycocotools.coco import COCO
+    notes, number = json.loads(Path(path).read_text()), {image: i for i, image in enumerate(source.ids)}
+    images, annotations = [], []
+    for i in range(len(source)):
+        width, height, _ = source.note(i)
+        if not (width and height):
+            with contextlib.suppress(common.Unreadable):
+                width, height = source.photo(i).size
+        images.append({"id": i, "width": width or 1, "height": height or 1})
+    for k, note in enumerate(notes["annotations"], start=1):
+        points = note.get("keypoints") or [0] * 3 * len(source.keypoints)
+        annotations.append({
+            **note, "id": k, "image_id": number[note["image_id"]], "iscrowd": note.get("iscrowd") or 0, "keypoints": points,
+            "num_keypoints": sum(v > 0 for v in points[2::3]), "area": note.get("area") or note["bbox"][2] * note["bbox"][3]})
+    truth = COCO()
+    truth.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": notes["categories"]}
+    with contextlib.redirect_stdout(None):
+        truth.createIndex()
+    return truth
+
+
 def detections(output, image, classes):
     """torchvision's detections in one image as rows of COCO's result format: pixels of the image, boxes x, y, w, h."""
     from pycocotools import mask as rle
@@ -217,53 +254,43 @@ def detections(output, image, classes):
         code = rle.encode(np.asfortranarray(mask[0] > 0.5, np.uint8))
         row["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
     for row, points in zip(rows, output.get("keypoints", ())):
-        row["keypoints"] = points.flatten().tolist()
+        row["keypoints"] = (points - [0.5, 0.5, 0]).flatten().tolist()
     return rows
 
 
 @torch.no_grad()
-def evaluate(detector, source, path, args, device):
-    """COCO's AP, AP50 and AP75 in per cent, of boxes and of masks or keypoints: {"AP": 37.9, ..., "mask_AP": ...}, in process 0;
-    {} in the others, which have looked at their share of the images."""
-    view = partial(example, source=source)
-    mine = [(0, i) for i in range(common.rank(), len(source), common.world_size())]
-    size = max(1, args.batch_size // common.world_size())
-    training, found, classes = detector.training, {}, list(source.classes)
+def evaluate(detector, source, truth, args, device):
+    """COCO's AP, AP50 and AP75 in per cent, of boxes and of masks or keypoints: {"AP": 37.9, ..., "mask_AP": ...}, in process 0,
+    where `truth` is `ground_truth`; {} in the others, which look at their share of the images. Leaves the detector in eval mode."""
     detector.eval()
-    batches = (mine[start:start + size] for start in range(0, len(mine), size))
-    for batch in common.Loader(source, view, batches, args.workers, device, collate=lists):
+    found, classes = {}, list(source.classes)
+    batches = ([(0, i)] for i in range(common.rank(), len(source), common.world_size()))
+    for batch in common.Loader(source, partial(example, source=source), batches, args.workers, device, collate=lists):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            outputs = detector([x.float() / 255 for x in batch["image"]])
-        for at, output in zip(batch["at"], outputs):  # by image: one that stands in for an undecodable one counts once
-            found[int(at)] = detections(output, int(source.ids[at]), classes)
-    detector.train(training)
+            output, = detector([x.float() / 255 for x in batch["image"]])
+        image = int(batch["at"][0])  # one that stands in for an undecodable one counts once
+        found[image] = detections(output, image, classes)
     shares = [found]
     if common.world_size() > 1:
-        shares = [None] * common.world_size()
-        dist.all_gather_object(shares, found)
-    found = {i: rows for share in shares for i, rows in share.items()}
+        shares = [None] * common.world_size() if common.rank() == 0 else None
+        dist.gather_object(found, shares)
     if common.rank() > 0:
         return {}
+    found = {i: rows for share in shares for i, rows in share.items()}
     kinds = ["bbox"] + {"maskrcnn": ["segm"], "keypointrcnn": ["keypoints"]}.get(args.model, [])
     with contextlib.redirect_stdout(None):
-        return coco_ap(path, [row for rows in found.values() for row in rows], kinds)
+        return coco_ap(truth, [row for rows in found.values() for row in rows], kinds)
 
 
-def coco_ap(path, rows, kinds):
-    """pycocotools' judgement of `rows`, in COCO's result format, against the annotations at `path`."""
-    from pycocotools.coco import COCO
+def coco_ap(truth, rows, kinds):
+    """pycocotools' judgement of `rows`, in COCO's result format, against `ground_truth`."""
     from pycocotools.cocoeval import COCOeval
-    notes, figures = json.loads(Path(path).read_text()), {}
-    for k, note in enumerate(notes["annotations"]):  # what annotators leave out and pycocotools needs
-        note.update({"id": k + 1, "iscrowd": note.get("iscrowd", 0), "area": note.get("area", note["bbox"][2] * note["bbox"][3])})
-    truth = COCO()
-    truth.dataset = {"info": {}, **notes}
-    truth.createIndex()
+    figures = {}
     for kind in kinds:
         values = [0.0] * 3
         if rows:
             judge = COCOeval(truth, truth.loadRes([dict(row) for row in rows]), kind)
-            points = max(len(note.get("keypoints", ())) // 3 for note in notes["annotations"])
+            points = len(rows[0].get("keypoints", ())) // 3
             if kind == "keypoints" and points != len(judge.params.kpt_oks_sigmas):
                 judge.params.kpt_oks_sigmas = np.full(points, 0.05)  # COCO's are those of a person's 17 keypoints
             judge.evaluate()
@@ -290,10 +317,10 @@ def arguments():
     add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs)")
     add("--freeze", action="store_true", help="keep the backbone as it is (DetCon Sec. 4.3)")
     add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--drops", type=common.number(float, 0, 1), nargs="*", help="when the learning rate falls to a tenth, in shares of the run")
+    add("--drops", type=common.number(float, 0, 1), nargs="+", help="when the learning rate falls to a tenth, in shares of the run")
     add("--weight-decay", type=common.number(float, 0), help="of all but norms and biases")
     add("--eval-every", type=count, help="epochs between APs (default: at the end alone)")
-    args = parser.parse()
+    args = parser.parse(lambda args: {"lr": 0.01} if args.model in ("retinanet", "fcos") else {})
     if args.size[0] > args.size[1]:
         common.fail(f"--size {args.size[0]} {args.size[1]}: the smaller comes first")
     if args.val:
@@ -309,15 +336,15 @@ def main():
     torch.backends.cudnn.benchmark = False  # images have many sizes here
     args = arguments()
     masks, keypoints = args.model == "maskrcnn", args.model == "keypointrcnn"
-    source = Annotated(*args.train, training=True, keypoints=keypoints)
-    val = Annotated(*args.val, training=False, keypoints=keypoints) if args.val else None
+    needs = {"maskrcnn": "segmentation", "keypointrcnn": "keypoints"}.get(args.model)
+    source = Annotated(*args.train, training=True, needs=needs)
+    val = Annotated(*args.val, training=False, needs=needs) if args.val else None
+    truth = ground_truth(args.val[1], val) if val and common.rank() == 0 else None
     if val and val.classes != source.classes:
         here, there = source.classes.items(), val.classes.items()
         common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}: {sorted(there ^ here)[0]} is in one alone")
     if keypoints and not source.keypoints:
         common.fail(f"{args.train[1]}: no category has `keypoints`")
-    if len(source) < args.batch_size:
-        common.fail(f"{len(source)} annotated images do not fill a batch of {args.batch_size}: take a smaller --batch-size")
     tensors = convert.initial(args)
     common.seed_device(args.seed)
     detector = build(args.model, args.arch, len(source.classes), len(source.keypoints), args.head, args.size, args.rois)
@@ -334,6 +361,11 @@ def main():
     batches = run.batches(views, device, lists)
     ddp = common.parallel(model, device)
 
+    def judge():
+        run.write(evaluate(detector, val, truth, args, device))
+        model.train()
+        run.restart_clock()
+
     for batch in batches:
         common.seed_device(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total,
@@ -348,11 +380,13 @@ def main():
         run.step += 1
         if run.step % args.print_every == 0:
             run.log(loss, losses, lr)
-        if val and (run.step == run.total or args.eval_every and run.step % (args.eval_every * run.steps_per_epoch) == 0):
-            run.write(evaluate(detector, val, args.val[1], args, device))
-            run.restart_clock()
+        if val and args.eval_every and run.step % (args.eval_every * run.steps_per_epoch) == 0 and run.step < run.total:
+            judge()
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
+    judged = common.rank() > 0 or any("AP" in row and row["step"] == run.step for row in run.rows())
+    if val and run.step == run.total and common.all_gather(torch.tensor([not judged], device=device)).any():
+        judge()
     run.summary(loss="the sum of the detector's")
     common.finish()
 

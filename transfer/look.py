@@ -12,7 +12,6 @@ Each writes one picture, --out, the same for the same --seed. --init takes as ma
 torchvision's weights of a ResNet, or: random.
 """
 import argparse
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torchvision.ops import box_iou
 from torchvision.utils import draw_segmentation_masks
 
@@ -33,96 +32,10 @@ import detcon  # noqa: E402
 import dupr  # noqa: E402
 import soco  # noqa: E402
 from transfer import convert  # noqa: E402
+from transfer.page import SIDE, boxed, chart, lay, picture, table, titled  # noqa: E402
 
-SIDE = 256                                                                           # of a picture on the page, in pixels
-CHART, FRAME = (520, 350), (64, 58, 504, 304)                                        # of a chart; of its axes, xyxy in it
-INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # of lines, for the colour-blind too
 HEAT = ["#00007f", "#0040ff", "#00d0d0", "#ffe000", "#e00000"]                       # of attention, from 0 to 1
 COLOURS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]  # of masks
-
-
-# --- The page --------------------------------------------------------------------------------------------------------
-
-def picture(x, side=SIDE):
-    """uint8 [3, S, S] -> PIL, side x side."""
-    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def lay(pictures, down=False, gap=8):
-    """Pictures beside each other, or below, on white."""
-    pictures = list(pictures)
-    ends = np.cumsum([p.size[down] + gap for p in pictures])
-    across = max(p.size[not down] for p in pictures)
-    sheet = Image.new("RGB", (across, int(ends[-1]) - gap) if down else (int(ends[-1]) - gap, across), "white")
-    for p, end in zip(pictures, ends):
-        start = int(end) - gap - p.size[down]
-        sheet.paste(p, (0, start) if down else (start, 0))
-    return sheet
-
-
-def titled(image, title):
-    sheet = ImageOps.expand(image, (0, 26, 0, 0), "white")
-    ImageDraw.Draw(sheet).text((0, 4), title, "black", ImageFont.load_default(16))
-    return sheet
-
-
-def table(columns):
-    """{title: pictures from top to bottom} -> one picture."""
-    rows = list(zip(*columns.values()))
-    return lay([lay(map(titled, rows[0], columns)), *map(lay, rows[1:])], down=True)
-
-
-def boxed(image, boxes, colours, labels=()):
-    """A picture with boxes [n, 4], in its pixels, and their labels."""
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for box, colour in zip(boxes.tolist(), colours):
-        pen.rectangle([*map(round, box)], outline=colour, width=3)
-    for (x, y, _, _), colour, label in zip(boxes.tolist(), colours, labels):
-        place = pen.textbbox((x + 4, y + 3), label, font)
-        pen.rectangle([place[0] - 3, place[1] - 2, place[2] + 2, place[3] + 2], fill=colour)
-        pen.text((x + 4, y + 3), label, "black", font)
-    return image
-
-
-def ticks(values):
-    """Some six round numbers that enclose the values."""
-    low, high = min(values), max(values)
-    if high - low <= 1e-9 * abs(high):
-        low, high = low - 0.5, high + 0.5
-    power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(k * power for k in (1, 2, 2.5, 5, 10) if k * power >= (high - low) / 5 * (1 - 1e-9))
-    return np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1) * step
-
-
-def chart(title, lines, below):
-    """lines: {name: (x, y)}, over axes that end in ticks; below: what x is."""
-    left, top, right, bottom = FRAME
-    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")                       # twice as large, for smooth lines
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
-    text = lambda x, y, words, anchor: pen.text((2 * x, 2 * y), words, "black", font, anchor)
-    line = lambda points, ink, width: pen.line([(2 * x, 2 * y) for x, y in points], ink, width, "curve")
-    xs, ys = (ticks([value for points in lines.values() for value in points[k]]) for k in (0, 1))
-    at_x = lambda x: left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
-    at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
-    for x in xs:
-        line([(at_x(x), bottom), (at_x(x), bottom + 4)], "grey", 2)
-        text(at_x(x), bottom + 7, f"{x:.6g}", "ma")
-    for y in ys:
-        line([(left, at_y(y)), (right, at_y(y))], "grey" if y == ys[0] else "#dddddd", 2)
-        text(left - 6, at_y(y), f"{y:.6g}", "rm")
-    text(left, 10, title, "la")
-    text((left + right) / 2, bottom + 25, below, "ma")
-    legend = left
-    for k, (name, points) in enumerate(lines.items()):
-        ink, points = INK[k % len(INK)], [(at_x(x), at_y(y)) for x, y in zip(*points)]
-        line(points, ink, 4)
-        for x, y in points if len(points) < 30 else ():
-            pen.ellipse([2 * x - 6, 2 * y - 6, 2 * x + 6, 2 * y + 6], ink)
-        if len(lines) > 1:
-            line([(legend, 41), (legend + 16, 41)], ink, 6)
-            text(legend + 21, 41, name, "lm")
-            legend += 40 + pen.textlength(name, font) / 2
-    return sheet.reduce(2)
 
 
 # --- Networks and images ---------------------------------------------------------------------------------------------
@@ -144,7 +57,7 @@ def networks(args, device):
 
 def stage(network, views, number):
     """c2, c3, c4 or c5 of uint8 views [N, 3, S, S] as they are: [N, C, S/stride, S/stride]."""
-    return network(common.Photometric()(views), number - 1)[-1]
+    return network(common.Photometric().to(views.device)(views), number - 1)[-1]
 
 
 def open_images(args, single=False):
@@ -294,7 +207,7 @@ def patches(args, device):
     draw = shared.clamp(max=0.25).argmax(dim=0)                                           # the first that shares a quarter
     batch = {name: x[draw * len(images) + torch.arange(len(images), device=device)] for name, x in batch.items()}
     common.seed_device(args.seed)
-    views = [(common.denormalised(dupr.photometric()(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
+    views = [(common.denormalised(dupr.photometric().to(device)(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
     columns, scale = {}, SIDE / args.size
     for name, network in nets.items():
         c_q, c_k = (stage(network, x, args.stage) for x in views)
@@ -385,7 +298,8 @@ def proposals(args, device):
                              for x, ten in zip(batch["view"], batch["ten"])]}
     common.seed_device(args.seed)
     for i, side in enumerate(sizes, start=1):
-        views, boxes = common.denormalised(soco.photometric(i, size)(batch[f"view{i}"])), batch[f"boxes{i}"]
+        views = common.denormalised(soco.photometric(i, size).to(device)(batch[f"view{i}"]))
+        boxes = batch[f"boxes{i}"]
         levels = [[f"P{2 + level}" for level in row] for row in soco.assign_levels(boxes, size)]
         columns[f"V{i}"] = [boxed(picture(x, SIDE * side // size), b * (SIDE / size), inks, labels)
                             for x, b, labels in zip((views * 255).byte(), boxes, levels)]
@@ -406,7 +320,7 @@ def open_masks(kind, args, source):
     """masks(photo), as detcon.py's, of gridN, fh, truth or a folder; no file is made."""
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
-        return lambda photo: detcon.felzenszwalb(photo, [args.fh_scale])
+        return lambda photo: detcon.felzenszwalb(photo, detcon.PAPER["fh_scale"])
     if not re.fullmatch(r"grid([1-9]|1[0-6])|truth", kind) and not Path(kind).is_dir():
         common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
     return detcon.open_masks(argparse.Namespace(masks=kind), source, None)
@@ -436,21 +350,12 @@ def masks(args, device):
 
 # --- Training curves -------------------------------------------------------------------------------------------------
 
-def read_log(path):
-    """The rows of a log.jsonl, or of that in a run's folder."""
-    file = Path(path, "log.jsonl") if Path(path).is_dir() else Path(path)
-    try:
-        rows = [json.loads(row) for row in file.read_text().splitlines() if row.endswith("}")]
-    except (OSError, ValueError) as error:
-        common.fail(f"{file} cannot be read as a log.jsonl ({' '.join(str(error).split())[:60]})")
-    if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
-        common.fail(f"{file} is no log.jsonl of this project, or an empty one")
-    return rows
-
-
 def curves(args, device):
-    names = [Path(path).resolve().parent.name if Path(path).is_file() else Path(path).resolve().name for path in args.logs]
-    logs = dict(zip(names if len(set(names)) == len(names) else args.logs, map(read_log, args.logs)))
+    paths = [Path(path, "log.jsonl") if Path(path).is_dir() else Path(path) for path in args.logs]
+    names = [path.resolve().parent.name for path in paths]
+    logs = dict(zip(names if len(set(names)) == len(names) else args.logs, map(common.read_log, paths)))
+    if not all(logs.values()):
+        common.fail("a log.jsonl is empty")
     held = sorted({stat for rows in logs.values() for row in rows for stat in row} - {"epoch", "step"})
     charts = []
     for stat in args.stats or [stat for stat in ("loss", "accuracy", "knn") if stat in held] or held:
@@ -505,7 +410,6 @@ def arguments():
     add("--size", type=common.number(int, 32), default=SIDE, help="side of V1 in pixels (default: %(default)s)")
     add = command(masks, "DetCon's masks", shapes=64, size=SIDE)
     add("--masks", nargs="+", metavar="gridN|fh|DIR", help="as detcon.py's, a column each (default: grid5 fh)")
-    add("--fh-scale", type=count, default=1000, help="scale and minimum size (default: 1000)")
     add = command(curves, "what log.jsonl holds, a chart a stat", images=0)
     add("logs", nargs="+", metavar="LOG", help="log.jsonl, or the folder of a run")
     add("--stats", nargs="+", help="which (default: loss, accuracy and knn)")
@@ -515,6 +419,8 @@ def arguments():
 @torch.no_grad()
 def main():
     device, args = common.init_distributed(), arguments()
+    if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in Image.registered_extensions():
+        common.fail(f"--out {args.out}: it must be a picture, such as .png or .jpg, in a folder that exists")
     sheet = args.draw(args, device)
     try:
         sheet.save(args.out, optimize=True, quality=90)

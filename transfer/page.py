@@ -1,0 +1,91 @@
+"""What look.py lays its pages out with: pictures beside each other, titles, boxes, charts."""
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+SIDE = 256                                                                           # of a picture on the page, in pixels
+CHART, FRAME = (520, 350), (64, 58, 504, 304)                                        # of a chart; of its axes, xyxy in it
+INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # of lines, for the colour-blind too
+
+
+def picture(x, side=SIDE):
+    """uint8 [3, S, S] -> PIL, side x side."""
+    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def lay(pictures, down=False, gap=8):
+    """Pictures beside each other, or below, on white."""
+    pictures = list(pictures)
+    ends = np.cumsum([p.size[down] + gap for p in pictures])
+    across = max(p.size[not down] for p in pictures)
+    sheet = Image.new("RGB", (across, int(ends[-1]) - gap) if down else (int(ends[-1]) - gap, across), "white")
+    for p, end in zip(pictures, ends):
+        start = int(end) - gap - p.size[down]
+        sheet.paste(p, (0, start) if down else (start, 0))
+    return sheet
+
+
+def titled(image, title):
+    sheet = ImageOps.expand(image, (0, 26, 0, 0), "white")
+    ImageDraw.Draw(sheet).text((0, 4), title, "black", ImageFont.load_default(16))
+    return sheet
+
+
+def table(columns):
+    """{title: pictures from top to bottom} -> one picture."""
+    rows = list(zip(*columns.values()))
+    return lay([lay(map(titled, rows[0], columns)), *map(lay, rows[1:])], down=True)
+
+
+def boxed(image, boxes, colours, labels=()):
+    """A picture with boxes [n, 4], in its pixels, and their labels."""
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for box, colour in zip(boxes.tolist(), colours):
+        pen.rectangle([*map(round, box)], outline=colour, width=3)
+    for (x, y, _, _), colour, label in zip(boxes.tolist(), colours, labels):
+        place = pen.textbbox((x + 4, y + 3), label, font)
+        pen.rectangle([place[0] - 3, place[1] - 2, place[2] + 2, place[3] + 2], fill=colour)
+        pen.text((x + 4, y + 3), label, "black", font)
+    return image
+
+
+def ticks(values):
+    """Some six round numbers that enclose the values."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * abs(high):
+        low, high = low - 0.5, high + 0.5
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(k * power for k in (1, 2, 2.5, 5, 10) if k * power >= (high - low) / 5 * (1 - 1e-9))
+    return np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1) * step
+
+
+def chart(title, lines, below):
+    """lines: {name: (x, y)}, over axes that end in ticks; below: what x is."""
+    left, top, right, bottom = FRAME
+    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")                       # twice as large, for smooth lines
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    text = lambda x, y, words, anchor: pen.text((2 * x, 2 * y), words, "black", font, anchor)
+    line = lambda points, ink, width: pen.line([(2 * x, 2 * y) for x, y in points], ink, width, "curve")
+    xs, ys = (ticks([value for points in lines.values() for value in points[k]]) for k in (0, 1))
+    at_x = lambda x: left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
+    at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
+    for x in xs:
+        line([(at_x(x), bottom), (at_x(x), bottom + 4)], "grey", 2)
+        text(at_x(x), bottom + 7, f"{x:.6g}", "ma")
+    for y in ys:
+        line([(left, at_y(y)), (right, at_y(y))], "grey" if y == ys[0] else "#dddddd", 2)
+        text(left - 6, at_y(y), f"{y:.6g}", "rm")
+    text(left, 10, title, "la")
+    text((left + right) / 2, bottom + 25, below, "ma")
+    legend = left
+    for k, (name, points) in enumerate(lines.items()):
+        ink, points = INK[k % len(INK)], [(at_x(x), at_y(y)) for x, y in zip(*points)]
+        line(points, ink, 4)
+        for x, y in points if len(points) < 30 else ():
+            pen.ellipse([2 * x - 6, 2 * y - 6, 2 * x + 6, 2 * y + 6], ink)
+        if len(lines) > 1:
+            line([(legend, 41), (legend + 16, 41)], ink, 6)
+            text(legend + 21, 41, name, "lm")
+            legend += 40 + pen.textlength(name, font) / 2
+    return sheet.reduce(2)
