@@ -68,7 +68,7 @@ def same_type(value, default):
 
 def table():
     """The rows of README's table: the cells of each line that begins with a configuration's name."""
-    text = (ROOT / "transfer" / "README.md").read_text()
+    text = (ROOT / "transfer" / "README.md").read_text().partition("### Which table is it?")[2].partition("\n### ")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if re.match(r"\| `", line)]
 
 
