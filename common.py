@@ -755,11 +755,15 @@ class Shapes:
             areas[n] = inside.sum()
         image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
         keep = masks.sum(axis=(1, 2)) >= np.maximum(9, 0.4 * areas)
-        boxes = torchvision.ops.masks_to_boxes(torch.from_numpy(masks[keep])).numpy() + np.float32([0, 0, 1, 1])
-        return image, boxes, masks[keep], np.asarray(classes)[keep].astype(np.int64)
+        edges = [(np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))) for mask in masks[keep]]
+        boxes = [(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) for columns, rows in edges]  # no torch: see draw_all
+        return image, np.array(boxes, np.float32).reshape(-1, 4), masks[keep], np.asarray(classes)[keep].astype(np.int64)
 
     def draw_all(self):
-        """Draw every picture now, on all cores, into memory that workers share, with `.boxes` and `.segments`."""
+        """Draw every picture now, on all cores, into memory that workers share, with `.boxes` and `.segments`.
+
+        By numpy alone: torch's threads do not outlive the fork, and an operation that waits for them waits for ever.
+        """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
             pictures, self.boxes, segments = zip(*pool.imap(self.labelled, range(self.count), chunksize=64))
         self.pictures, self.segments = np.stack(pictures), np.stack(segments)

@@ -1,4 +1,6 @@
 """Images, shapes, sampler, kNN: from files to batches."""
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torchvision.transforms.v2 as T
 from PIL import Image
 
 import common
-from conftest import in_processes, write_pictures
+from conftest import ROOT, in_processes, write_pictures
 
 
 def touch(root, *names):
@@ -199,6 +201,12 @@ def test_more_than_one_percent_of_bad_files_ends_the_run_with_code_2(tmp_path, c
 
 
 # --- kNN ---
+
+def test_shapes_are_drawn_even_after_torch_has_used_its_threads():
+    code = ("import torch, common; torch.set_num_threads(4); torch.rand(4_000_000).exp().sum(); "
+            "common.Shapes(8, 256).draw_all()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
 
 class Pixels(nn.Module):
     """A "backbone" whose features are the picture itself, coarsely."""
