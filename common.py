@@ -185,9 +185,9 @@ def sync_batchnorm(channels):
 class Backbone(ResNet):
     """torchvision's ResNet without `fc`, every channel count times `width`, giving its four stages, or the first few."""
 
-    def __init__(self, block, layers, width, norm_layer):
+    def __init__(self, block, layers, width, **kwargs):
         self.width = width
-        super().__init__(block, layers, norm_layer=norm_layer)
+        super().__init__(block, layers, **kwargs)
         del self.fc, self.avgpool
 
     def _make_layer(self, block, planes, *args, **kwargs):
@@ -216,17 +216,19 @@ LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (B
           101: (Bottleneck, [3, 4, 23, 3]), 152: (Bottleneck, [3, 8, 36, 3]), 200: (Bottleneck, [3, 24, 36, 3])}
 
 
-def resnet(arch, norm_layer=None):
+def resnet(arch, norm_layer=None, zero_init_residual=False):
     """`resnet18 34 50 101 152 200`, with `wX` every channel count times X: `resnet50w4`, `resnet18w0.25`.
 
     The module maps [N, 3, H, W] to the stage outputs [c2, c3, c4, c5] at strides 4, 8, 16, 32; their channel counts
-    stand in `.channels`. Its `state_dict` has torchvision's keys. Exits with 2 on an unknown arch.
+    stand in `.channels`. Its `state_dict` has torchvision's keys. zero_init_residual: the last BN gamma of each residual
+    block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch.
     """
     match = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
     if not match or int(match[1]) not in LAYERS or not round(64 * float(match[2] or 1)):
         fail(f"unknown --arch {arch}: take resnet{', resnet'.join(map(str, LAYERS))}, with wX for X times the "
              "channels (resnet50w4)")
-    return Backbone(*LAYERS[int(match[1])], width=float(match[2] or 1), norm_layer=norm_layer)
+    return Backbone(*LAYERS[int(match[1])], width=float(match[2] or 1), norm_layer=norm_layer,
+                    zero_init_residual=zero_init_residual)
 
 
 def roi_align(features, boxes, output_size, stride):
