@@ -72,10 +72,12 @@ def object_views(photo, rng, proposals, sizes, num_proposals, jitter_p):
             break
     else:
         boxes, kept = image[None], [0]  # no proposal in sight: the whole of each view is the one object
-    boxes = boxes[rng.choice(kept, num_proposals, replace=len(kept) < num_proposals)]
+    boxes = boxes[np.resize(rng.permutation(kept), num_proposals)]  # all are taken before any is taken twice
     batch = {}
     for i, (view, crop, size) in enumerate(zip(photo.cut(crops, sizes), crops, sizes), start=1):
-        seen = jitter(to_view(boxes, crop, size), jitter_p, rng).clip(0, size)
+        moved = jitter(boxes, jitter_p, rng)
+        moved = np.where(inside(moved, crop)[:, None], moved, boxes)  # a box stays if jitter would take it out of the view
+        seen = to_view(moved, crop, size).clip(0, size)
         if rng.random() < 0.5:
             view, seen = ImageOps.mirror(view), mirrored(seen, size)
         batch |= {f"view{i}": common.to_tensor(view), f"boxes{i}": torch.from_numpy(seen.astype(np.float32))}
@@ -83,20 +85,19 @@ def object_views(photo, rng, proposals, sizes, num_proposals, jitter_p):
 
 
 def to_view(boxes, crop, size):
-    """Boxes [n, 4] from the pixels of the image to those of `crop` (xyxy, pixels of the image) made size x size, and
-    clipped to it."""
+    """Boxes [n, 4] in pixels of `crop` (xyxy, pixels of the image) made size x size; they may reach beyond it."""
     corner, side = np.tile(crop[:2], 2), np.tile(crop[2:] - crop[:2], 2)
-    return ((boxes - corner) * (size / side)).clip(0, size)
+    return (boxes - corner) * (size / side)
 
 
 def inside(boxes, crop):
     """Which boxes [n, 4] keep 16 pixels a side, of 224, in the crop -> [n] bool."""
-    x1, y1, x2, y2 = to_view(boxes, crop, 224).T
+    x1, y1, x2, y2 = to_view(boxes, crop, 224).clip(0, 224).T
     return (x2 - x1 >= 16) & (y2 - y1 >= 16)
 
 
 def jitter(boxes, p, rng):
-    """Box jitter: with probability p a box's centre and size move by up to a tenth of its width and height each."""
+    """Box jitter: with probability p, a box's center and size change by up to a tenth of its width and height each."""
     centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     r = rng.uniform(-0.1, 0.1, (len(boxes), 4)) * (rng.random((len(boxes), 1)) < p)
     centre, side = centre + r[:, :2] * side, side + r[:, 2:] * side
@@ -122,10 +123,10 @@ def photometric(view, size):
 def assign_levels(boxes, size):
     """Scale-aware assignment: 0 to 3, for P2 to P5, of boxes [..., 4] in pixels of their view, by their area there.
 
-    The bounds 48^2, 96^2 and 192^2 are for V1 of 224 pixels; they follow its `size`.
+    The bounds 48^2, 96^2 and 192^2 belong to the lower level. They are for V1 of 224 pixels and follow its `size`.
     """
     area = ((boxes[..., 2:] - boxes[..., :2]) * (224 / size)).prod(dim=-1)
-    return sum((area >= side ** 2).long() for side in (48, 96, 192))
+    return sum((area > side ** 2).long() for side in (48, 96, 192))
 
 
 def pyramid_roi_align(pyramid, boxes, levels, output_size):
@@ -155,7 +156,7 @@ class ObjectEncoder(nn.Module):
         super().__init__()
         norm = common.sync_batchnorm
         self.detector, self.size = detector, size
-        self.backbone = common.resnet(arch, norm)
+        self.backbone = common.resnet(arch, norm, zero_init_residual=True)
         width = self.backbone.channels[-1]
         if detector == "fpn":
             channels = round(256 * min(1.0, self.backbone.width))  # a demo's narrow backbone has a narrow detector
@@ -236,12 +237,13 @@ def keep_objects(boxes, size):
     """The boxes [n, 4] that may be objects of an image of (width, height): 1/3 <= w/h <= 3 and, relative to the image,
     0.3 <= sqrt(wh) / sqrt(WH) <= 0.8 (Sec. 3.2).
 
-    Where none is: those of that aspect; else those of 32 pixels or more a side; else the whole image.
+    If there is none: those of 32 pixels or more a side and of that aspect; else of any aspect; else the whole image.
     """
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     aspect = (w <= 3 * h) & (h <= 3 * w)
     scale = np.sqrt(w * h / (size[0] * size[1]))
-    for keep in (aspect & (0.3 <= scale) & (scale <= 0.8), aspect, (w >= 32) & (h >= 32)):
+    large = (w >= 32) & (h >= 32)
+    for keep in (aspect & (0.3 <= scale) & (scale <= 0.8), large & aspect, large):
         if keep.any():
             return boxes[keep]
     return np.array([[0, 0, *size]])

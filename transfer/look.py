@@ -246,7 +246,7 @@ def object_and_rois(photo, rng, proposals, size, n=20):
     """The image made square, one of its boxes and n RoIs near it [1 + n, 4] in pixels of the view, and their IoU [n]."""
     boxes = np.asarray(proposals(photo, rng), float)
     image = np.array([0, 0, *photo.size], float)
-    box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else image, image, size)
+    box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else image, image, size).clip(0, size)
     rois, iou = rois_near(box, size, n, rng)
     return {**square(photo, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(), "iou": torch.from_numpy(iou)}
 
@@ -283,7 +283,7 @@ def iou(args, device):
 def proposed(photo, rng, proposals, sizes, num_proposals):
     """The image made square with ten of its proposals, [10, 4] in its pixels, all 0 where there are fewer; and SoCo's views."""
     boxes = np.asarray(proposals(photo, rng), float)
-    some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *photo.size], float), sizes[0])
+    some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *photo.size], float), sizes[0]).clip(0, sizes[0])
     ten = torch.from_numpy(np.pad(some, ((0, 10 - len(some)), (0, 0))))
     views = soco.object_views(photo, rng, lambda *_: boxes, sizes, num_proposals, jitter_p=soco.PAPER["jitter"])
     return {**square(photo, rng, sizes[0]), "ten": ten, **views}
