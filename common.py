@@ -243,9 +243,10 @@ def roi_align(features, boxes, output_size, stride):
     return torchvision.ops.roi_align(wide, rois, output_size, 1 / stride, aligned=True).to(features.dtype)
 
 
-def mlp(width, hidden, dim):
-    """Projector and predictor of BYOL, SoCo and DetCon: linear, BN over all processes, ReLU, linear."""
-    return nn.Sequential(nn.Linear(width, hidden), sync_batchnorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+def mlp(width, hidden, dim, bias=True):
+    """Projector and predictor of BYOL, SoCo and DetCon: linear, BN over all processes, ReLU, linear. bias: of the last."""
+    return nn.Sequential(nn.Linear(width, hidden), sync_batchnorm(hidden), nn.ReLU(inplace=True),
+                         nn.Linear(hidden, dim, bias))
 
 
 # --- Queue, InfoNCE and momentum -------------------------------------------------------------------------------------
@@ -369,11 +370,15 @@ class Photometric(nn.Module):
     The distributions are those of torchvision's ColorJitter (its four ops in a random order, applied with probability
     `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; a kernel of a tenth of the view, 23 at
     224) and RandomSolarize, in this order. Draws come from the device's default generator.
+
+    family "dm_pix": the jitter of BYOL's and DetCon's own code. Where torchvision multiplies by 1 + u, brightness adds u;
+    contrast is about each channel's mean; saturation is HSV's.
     """
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grey_p=0.0,
-                 blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0, mean=MEAN, std=STD):
+                 blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0, family="torchvision", mean=MEAN, std=STD):
         super().__init__()
+        self.blend = {"torchvision": blend, "dm_pix": hsv_blend}[family]
         self.jitter_p, self.grey_p, self.blur_p, self.solarize_p = jitter_p, grey_p, blur_p, solarize_p
         self.sigma, self.jitters = sigma, any((brightness, contrast, saturation, hue))
         self.register_buffer("strength", torch.tensor([brightness, contrast, saturation, hue]), persistent=False)
@@ -420,16 +425,8 @@ class Photometric(nn.Module):
         if self.blur_p:
             x = self.gaussian_blur(x, torch.where(draw["blur"], draw["sigma"], 1e-3))  # so narrow a kernel does nothing
         if self.solarize_p:
-            x = torch.where(draw["solarize"].view(-1, 1, 1, 1) & (x >= 128 / 255), 1 - x, x)
+            x = torch.where(draw["solarize"].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
         return x
-
-    @staticmethod
-    def blend(x, op, factor):
-        """Brightness (op 0), contrast (1) and saturation (2) are one thing: away from black, mean grey, or own grey."""
-        op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
-        grey = luma(x)                                                        # [N, 1, H, W]
-        anchor = torch.where(op == 2, grey, grey.mean(dim=(2, 3), keepdim=True) * (op == 1))
-        return torch.lerp(anchor, x, factor).clamp_(0, 1)
 
     @staticmethod
     def turn_hue(x, turns):
@@ -452,6 +449,30 @@ class Photometric(nn.Module):
             weight = torch.exp(-0.5 * (d / sigma.view(-1, 1, 1)) ** 2) * (d.abs() <= max(1, size // 20))
             return (weight / weight.sum(dim=-1, keepdim=True))[:, None]       # [N, 1, size, size]
         return band(x.shape[2]) @ x @ band(x.shape[3]).mT
+
+
+def blend(x, op, factor):
+    """Brightness (op 0), contrast (1) and saturation (2) are one thing: away from black, mean gray, or own gray.
+
+    x: [N, 3, H, W] in [0, 1]; op and factor: [N]. Any op with factor 1 does nothing.
+    """
+    op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+    grey = luma(x)                                                            # [N, 1, H, W]
+    anchor = torch.where(op == 2, grey, grey.mean(dim=(2, 3), keepdim=True) * (op == 1))
+    return torch.lerp(anchor, x, factor).clamp_(0, 1)
+
+
+def hsv_blend(x, op, factor):
+    """The same ops of the family dm_pix: plus factor - 1, away from each channel's mean, or from HSV's value.
+
+    Value is the largest channel. Saturation, (largest - smallest) / largest, is 1 at most, which bounds the factor.
+    """
+    op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+    value, smallest = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)  # [N, 1, H, W]
+    bounded = torch.minimum(factor, value / (value - smallest).clamp(min=1e-8))
+    anchor = torch.where(op == 2, value, x.mean(dim=(2, 3), keepdim=True))    # [N, 3, H, W]
+    scale = torch.where(op == 2, bounded, torch.where(op == 0, 1.0, factor))
+    return (torch.lerp(anchor, x, scale) + (factor - 1) * (op == 0)).clamp_(0, 1)
 
 
 def luma(x):

@@ -92,12 +92,11 @@ def draw(mask, n, rng):
 
 
 def photometric(variant, view, size):
-    """The colours of view 1 or 2 (table of A.1); blur's sigma is 0.1 to 2 pixels at 224."""
-    blur = dict(sigma=(0.1 * size / 224, 2.0 * size / 224))
+    """The colors of view 1 or 2 (table of A.1); blur's sigma is 0.1 to 2 pixels at 224."""
+    same = dict(jitter_p=0.8, grey_p=0.2, sigma=(0.1 * size / 224, 2.0 * size / 224), family="dm_pix")
     if variant == "s":
-        return common.Photometric(0.8, 0.8, 0.8, 0.2, jitter_p=0.8, grey_p=0.2, blur_p=[1.0, 0.0][view - 1], **blur)
-    return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=[1.0, 0.1][view - 1],
-                              solarize_p=[0.0, 0.2][view - 1], **blur)
+        return common.Photometric(0.8, 0.8, 0.8, 0.2, blur_p=[1.0, 0.0][view - 1], **same)
+    return common.Photometric(0.4, 0.4, 0.2, 0.1, blur_p=[1.0, 0.1][view - 1], solarize_p=[0.0, 0.2][view - 1], **same)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,8 +114,8 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, hidden, dim):
         super().__init__()
-        self.backbone = common.resnet(arch, common.sync_batchnorm)
-        self.projector = common.mlp(self.backbone.channels[-1], hidden, dim)
+        self.backbone = common.resnet(arch, common.sync_batchnorm, zero_init_residual=True)
+        self.projector = common.mlp(self.backbone.channels[-1], hidden, dim, bias=False)
 
     def forward(self, x, masks):
         h = mask_pool(self.backbone(x)[-1], masks)                                        # [N, M, C5]
@@ -168,7 +167,7 @@ class DetCon(nn.Module):
         self.photometric = nn.ModuleList(photometric(variant, view, size) for view in (1, 2))
         self.online = Encoder(arch, hidden, dim)
         if variant == "b":
-            self.predictor = common.mlp(dim, hidden, dim)
+            self.predictor = common.mlp(dim, hidden, dim, bias=False)
             self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, batch):

@@ -1,4 +1,5 @@
 """The contracts of common.py, each against something that was not written with it."""
+import colorsys
 import math
 from collections import deque
 
@@ -215,7 +216,7 @@ def slow_photometric(x, draw, i, radius):
         x = TF.rgb_to_grayscale(x, num_output_channels=3)
     if draw["blur"][i]:
         x = TF.gaussian_blur(x, [2 * radius + 1] * 2, [draw["sigma"][i].item()] * 2)
-    return TF.solarize(x, 128 / 255) if draw["solarize"][i] else x
+    return TF.solarize(x, 0.5) if draw["solarize"][i] else x
 
 
 @pytest.mark.parametrize("strength", [dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4),
@@ -233,6 +234,57 @@ def test_photometric_equals_torchvision_sample_by_sample(strength, photograph):
         assert (fast[i] - slow)[:, 8:-8, 8:-8].abs().max() < 2 / 255, i
     changed = (fast - x / 255).abs().amax(dim=(1, 2, 3)) > 1e-6
     assert changed.float().mean() > 0.7
+
+
+def slow_dm_pix(x, op, factor, hue):
+    """BYOL's and DetCon's jitter of one picture [H, W, 3] in [0, 1], pixel by pixel and in HSV by colorsys."""
+    if op == 0:
+        x = x + (factor - 1)
+    if op == 1:
+        means = [x[..., c].sum() / x[..., c].size for c in range(3)]
+        x = np.stack([means[c] + factor * (x[..., c] - means[c]) for c in range(3)], axis=2)
+    if op >= 2:
+        out = np.empty_like(x)
+        for i, j in np.ndindex(*x.shape[:2]):
+            h, s, v = colorsys.rgb_to_hsv(*x[i, j].tolist())
+            out[i, j] = colorsys.hsv_to_rgb(*((h, min(1, s * factor), v) if op == 2 else ((h + hue) % 1, s, v)))
+        x = out
+    return x.clip(0, 1)
+
+
+def noise_and_flat_colors(n, size=9):
+    """Pictures [N, 3, S, S] in [0, 1]: noise, then the corners of the color cube, where hue or saturation are undefined."""
+    x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
+    x[:, :, 0, :8] = corners.T
+    x[:, :, 1] = x[:, :1, 1]                                              # a gray row
+    return x
+
+
+@pytest.mark.parametrize("op, factors", [(0, (0.2, 0.7, 1, 1.8)), (1, (0.2, 0.7, 1, 1.8)), (2, (0, 0.5, 1, 1.8)), (3, (1,))])
+def test_each_jitter_of_dm_pix_equals_its_formula_pixel_by_pixel(op, factors):
+    photometric = common.Photometric(0.8, 0.8, 0.8, 0.2, family="dm_pix")
+    for factor, turn in zip(factors, (0.15, -0.2, 0.0, 0.07)):
+        x, draw = noise_and_flat_colors(2), photometric.draw(2)
+        draw["factor"], draw["hue"] = torch.ones(2, 3), torch.full((2,), turn if op == 3 else 0.0)
+        if op < 3:
+            draw["factor"][:, op] = factor
+        fast = photometric.apply_draw(x, draw)
+        for a, b in zip(x.permute(0, 2, 3, 1).double().numpy(), fast.permute(0, 2, 3, 1).numpy()):
+            assert np.abs(slow_dm_pix(a, op, factor, turn) - b).max() < 1e-5
+
+
+def test_dm_pix_applies_its_jitters_one_after_another_in_the_drawn_order():
+    torch.manual_seed(0)
+    photometric = common.Photometric(0.8, 0.8, 0.8, 0.2, jitter_p=0.9, family="dm_pix")
+    x, draw = noise_and_flat_colors(24), photometric.draw(24)
+    fast, slow = photometric.apply_draw(x, draw), x.permute(0, 2, 3, 1).double().numpy()
+    assert len(draw["order"].unique(dim=0)) > 12
+    for i in range(24):
+        for op in draw["order"][i].tolist():
+            slow[i] = slow_dm_pix(slow[i], op, draw["factor"][i, op].item() if op < 3 else 1, draw["hue"][i].item())
+        error = np.abs(slow[i] - fast[i].permute(1, 2, 0).numpy()).max(axis=2)
+        assert np.quantile(error, 0.98) < 1e-4, i                         # next to gray, hue is rounding
 
 
 def test_photometric_draws_have_torchvisions_distributions():

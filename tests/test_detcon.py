@@ -166,6 +166,7 @@ def test_colours_are_those_of_the_table_in_a_1():
     assert b1.strength.tolist() == b2.strength.tolist() == pytest.approx([0.4, 0.4, 0.2, 0.1])
     assert [p.blur_p for p in (s1, s2, b1, b2)] == [1.0, 0.0, 1.0, 0.1]
     assert [p.solarize_p for p in (s1, s2, b1, b2)] == [0, 0, 0, 0.2] and s1.sigma == (0.1, 2.0)
+    assert {p.blend for p in (s1, s2, b1, b2)} == {common.hsv_blend}  # A.1: shifted by an offset
 
 
 def test_felzenszwalb_separates_two_areas_and_large_pictures_are_segmented_small():
@@ -260,16 +261,27 @@ def test_accuracy_is_one_for_a_network_that_knows_and_zero_for_one_that_says_the
     assert model.stats(own, None, None, own.flip(0), ids, ids)["accuracy"] == 0
 
 
+def test_every_residual_block_starts_as_the_identity_and_no_head_has_a_bias_in_its_last_layer():
+    model = tiny("b")
+    blocks = [block for stage in (1, 2, 3, 4) for block in getattr(model.online.backbone, f"layer{stage}")]
+    x = torch.rand(2, blocks[1].conv1.in_channels, 8, 8)
+    assert torch.equal(blocks[1](x), x) and all(not block.bn2.weight.any() for block in blocks)
+    for head in (model.online.projector, model.predictor, model.target.projector):
+        assert head[0].bias is not None and head[3].bias is None
+
+
 @pytest.mark.parametrize("variant", ["s", "b"])
 def test_a_step_trains_the_online_network_and_b_s_target_follows_by_momentum_alone(variant):
     model = tiny(variant)
     before = [p.clone() for p in model.target.parameters()] if variant == "b" else []
     optimizer = common.LARS([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    loss, _ = model(a_batch())
-    loss.backward()
+    for _ in range(2):  # at first the convolutions of a block lie behind a gamma of 0
+        optimizer.zero_grad()
+        loss, _ = model(a_batch())
+        loss.backward()
+        optimizer.step()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum()]
     assert not [name for name in silent if not name.endswith("0.bias")]
-    optimizer.step()
     model.update(0.9)
     if variant == "b":
         for old, t, o in zip(before, model.target.parameters(), model.online.parameters()):
