@@ -53,11 +53,23 @@ def init_distributed():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # the batches of training have one shape
+        torch.backends.cudnn.benchmark = True       # the batches of training have one shape
+        torch.set_float32_matmul_precision("high")  # TF32, but where `exact_products` forbids it
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=1))  # while process 0 alone judges what all have found
     return device
+
+
+@contextmanager
+def exact_products():
+    """Products of float32 tensors in float32 within: TF32's 10 bits are enough to train by, not to rank or to solve."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def finish():
@@ -152,8 +164,36 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([super(GroupBatchNorm2d, self).forward(part) for part in x.chunk(self.groups)])
 
 
+class Normalize(torch.autograd.Function):
+    """BatchNorm by moments that all processes share: the gradient knows that they depend on every row.
+
+    x [N, C] or [N, C, H, W]; the others [C]; count: the values of a channel in all processes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, count, eps):
+        ctx.save_for_backward(x, weight, mean, var, count)  # x as it came, in bf16 under autocast
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, var, count = ctx.saved_tensors
+        _, *own = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, var, None, None, False, ctx.eps,
+                                                            [False, True, True])  # of weight and bias, from these rows
+        total = torch.stack(own)
+        dist.all_reduce(total)
+        scale = weight * torch.rsqrt(var + ctx.eps)
+        slope, offset = -scale / count * total
+        through_moments = F.batch_norm(x, mean, var, slope, offset, eps=ctx.eps)
+        return through_moments.addcmul_(grad, scale.view(-1, *[1] * (x.ndim - 2))), *own, None, None, None, None
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, on the CPU, where torch has none: [N, C] or [N, C, H, W]."""
+    """BatchNorm over the batches of all processes, which may differ in size: [N, C] or [N, C, H, W].
+
+    As nn.SyncBatchNorm, but on the CPU too, and the host never waits for the device: torch's own looks for empty batches.
+    """
 
     def _check_input_dim(self, x):
         pass
@@ -161,25 +201,19 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if world_size() == 1 or not self.training:
             return super().forward(x)
-        kind, (x,) = x.dtype, float32(x)
-        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        count = torch.full_like(mean, x.numel() // len(mean))
-        counts, means, variances = all_gather(torch.stack([count, mean, var])[None]).unbind(dim=1)  # [world, C] each
-        count = counts.sum(dim=0)
-        mean = (counts / count * means).sum(dim=0)
-        var = (counts / count * (variances + (means - mean) ** 2)).sum(dim=0)
         with torch.no_grad():
+            unused = torch.zeros_like(torch.stack([self.running_mean, self.running_var]))  # their type is the moments'
+            own = torch.stack(torch.batch_norm_update_stats(x, *unused, 0.0))              # mean and variance
+            count = torch.full_like(own[:1], x.numel() // x.shape[1])
+            counts, means, variances = all_gather(torch.cat([count, own])[None]).unbind(dim=1)  # [world, C] each
+            count = counts.sum(dim=0)
+            share = counts / count
+            mean = (share * means).sum(dim=0)
+            var = (share * (variances + (means - mean) ** 2)).sum(dim=0)
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        shape = -1, *[1] * (x.ndim - 2)
-        return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(kind)
-
-
-def sync_batchnorm(channels):
-    """BatchNorm over the batches of all processes: what methods on LARS train with."""
-    return (nn.SyncBatchNorm if torch.cuda.is_available() else SyncBatchNorm)(channels)
+        return Normalize.apply(x, self.weight, self.bias, mean, var, count, self.eps)
 
 
 class Backbone(ResNet):
@@ -235,17 +269,18 @@ def roi_align(features, boxes, output_size, stride):
     """Pool each box to output_size x output_size, half-pixel aligned as Detectron2's ROIAlignV2.
 
     features [N, C, H, W] at `stride`; boxes [N, K, 4] xyxy in pixels of the network's input -> [N*K, C, S, S],
-    image-major. In float32 at least, whatever autocast says: bf16 cannot tell pixel 256 from 257.
+    image-major and channels_last. In float32 at least, whatever autocast says: bf16 cannot tell pixel 256 from 257.
     """
     wide, = float32(features)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None]
     rois = torch.cat([image.to(wide), boxes.flatten(0, 1).to(wide)], dim=1)  # [N*K, 5]
-    return torchvision.ops.roi_align(wide, rois, output_size, 1 / stride, aligned=True).to(features.dtype)
+    pooled = torchvision.ops.roi_align(wide, rois, output_size, 1 / stride, aligned=True)
+    return pooled.to(features.dtype, memory_format=torch.channels_last)
 
 
 def mlp(width, hidden, dim, bias=True):
     """Projector and predictor of BYOL, SoCo and DetCon: linear, BN over all processes, ReLU, linear. bias: of the last."""
-    return nn.Sequential(nn.Linear(width, hidden), sync_batchnorm(hidden), nn.ReLU(inplace=True),
+    return nn.Sequential(nn.Linear(width, hidden), SyncBatchNorm(hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, dim, bias))
 
 
@@ -1141,6 +1176,7 @@ def features(backbone, source, indices, size, device, workers, stage=5):
 
 
 @torch.no_grad()
+@exact_products()
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
     """Weighted k-nearest-neighbour top-1 of frozen c5 (Wu et al. 2018; the monitor of MoCo A.9), or of c2 to c4, in [0, 1].
 
@@ -1204,7 +1240,7 @@ class Parser(argparse.ArgumentParser):
         add("--max-steps", type=count, help="stop early, with a checkpoint (default: no)")
         add("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
         add("--print-every", type=count, help="steps between lines of the log")
-        add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on CUDA)")
+        add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on a GPU that has it, Ampere and later)")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
     def format_help(self):
@@ -1226,7 +1262,8 @@ class Parser(argparse.ArgumentParser):
         if args.workers is None:
             args.workers = min(16, cores()) if torch.cuda.is_available() else 0  # on a CPU the network needs the cores
         if args.amp is None:
-            args.amp = "bf16" if torch.cuda.is_available() else "off"
+            native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            args.amp = "bf16" if native else "off"
         if args.batch_size % world_size() and not args.prepare:
             fail(f"--batch-size {args.batch_size} does not divide over {world_size()} processes: "
                  f"take {math.ceil(args.batch_size / world_size()) * world_size()}")

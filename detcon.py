@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, hidden, dim):
         super().__init__()
-        self.backbone = common.resnet(arch, common.sync_batchnorm, zero_init_residual=True)
+        self.backbone = common.resnet(arch, common.SyncBatchNorm, zero_init_residual=True)
         self.projector = common.mlp(self.backbone.channels[-1], hidden, dim, bias=False)
 
     def forward(self, x, masks):

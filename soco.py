@@ -154,7 +154,7 @@ class ObjectEncoder(nn.Module):
 
     def __init__(self, arch, detector, size, hidden, dim):
         super().__init__()
-        norm = common.sync_batchnorm
+        norm = common.SyncBatchNorm
         self.detector, self.size = detector, size
         self.backbone = common.resnet(arch, norm, zero_init_residual=True)
         width = self.backbone.channels[-1]

@@ -11,6 +11,9 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the one test that asks for them
+os.environ["CUDA_VISIBLE_DEVICES"] = ""        # all others are of the CPU, on a machine with GPUs too, in every process
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 

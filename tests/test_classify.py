@@ -25,7 +25,7 @@ def settings(**values):
 
 def tiny_backbone():
     common.seed_device(0)
-    return common.resnet("resnet18w0.125", common.sync_batchnorm).eval()
+    return common.resnet("resnet18w0.125", common.SyncBatchNorm).eval()
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def everything(folder, out):
         args = classify.arguments()
         train, val, labels, classes = classify.open_labelled(args)
         common.seed_device(args.seed)
-        backbone = convert.backbone(args, common.sync_batchnorm)
+        backbone = convert.backbone(args, common.SyncBatchNorm)
         classify.train(args, train, val, labels, classes, backbone, CPU)
         common.barrier()
         logs.append([(row["step"], row.get("loss", row.get("top1"))) for row in rows(f"{out}/{protocol}{common.world_size()}")])

@@ -43,7 +43,7 @@ def labelled(tmp_path_factory):
 
 def tiny_fcn(classes=4, arch="resnet18w0.125"):
     common.seed_device(0)
-    return segment.FCN(common.resnet(arch, common.sync_batchnorm), classes).eval()
+    return segment.FCN(common.resnet(arch, common.SyncBatchNorm), classes).eval()
 
 
 # --- model ---
@@ -90,7 +90,7 @@ def test_head_is_that_of_the_paper():
     assert [(m.in_channels, m.out_channels, m.kernel_size, m.dilation) for m in convs] == [
         (2048, 256, (3, 3), (6, 6)), (256, 256, (3, 3), (6, 6)), (256, 21, (1, 1), (1, 1))]
     assert [type(m).__name__ for m in model.head.modules() if not list(m.children())] == [
-        "Conv2d", type(common.sync_batchnorm(1)).__name__, "ReLU"] * 2 + ["Conv2d"]
+        "Conv2d", "SyncBatchNorm", "ReLU"] * 2 + ["Conv2d"]
     with torch.no_grad():
         assert model.backbone(torch.zeros(1, 3, 65, 97))[-1].shape == (1, 2048, 5, 7)
 

@@ -183,6 +183,7 @@ def pooled(backbone, source, stage, args, device):
     return rows, at
 
 
+@common.exact_products()
 def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
     """Support vector machines, one a column of y: w that minimises |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2.
 
@@ -287,7 +288,7 @@ def main():
     args = arguments()
     source, val, labels, classes = open_labelled(args)
     common.seed_device(args.seed)
-    backbone = convert.backbone(args, common.sync_batchnorm)
+    backbone = convert.backbone(args, common.SyncBatchNorm)
     if args.protocol in ("linear", "finetune"):
         train(args, source, val, labels, classes, backbone, device)
         return common.finish()

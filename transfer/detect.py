@@ -141,7 +141,7 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
     """torchvision's detector with trained norms, over all processes, in backbone, FPN and box head. size: range of the shorter
     side in training, in pixels; tests are at the larger. rois: those of an image that train the box head. A backbone
     narrower than ResNet's has a detector as much narrower."""
-    norm, lowest = common.sync_batchnorm, LOWEST[model]
+    norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
     channels = round(256 * min(1.0, network.width))
     if lowest == 3 and channels % 64:

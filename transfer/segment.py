@@ -151,7 +151,7 @@ class FCN(nn.Module):
         super().__init__()
         dilate(backbone)
         self.backbone, self.normalise = backbone, common.Photometric()
-        layer = partial(Conv2dNormActivation, out_channels=256, kernel_size=3, dilation=6, norm_layer=common.sync_batchnorm)
+        layer = partial(Conv2dNormActivation, out_channels=256, kernel_size=3, dilation=6, norm_layer=common.SyncBatchNorm)
         self.head = nn.Sequential(layer(backbone.channels[-1]), layer(256), nn.Conv2d(256, classes, 1))
 
     def forward(self, image):
@@ -253,7 +253,7 @@ def train():
     args.iterations = args.epochs * steps if args.epochs else args.iterations
     args.epochs = math.ceil(args.iterations / steps)
     common.seed_device(args.seed)
-    model = FCN(convert.backbone(args, common.sync_batchnorm), args.classes).to(device, memory_format=torch.channels_last).train()
+    model = FCN(convert.backbone(args, common.SyncBatchNorm), args.classes).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = common.Run(args, source, "segment", model, optimizer)
     run.total, run.last = args.iterations, min(args.iterations, args.max_steps or args.iterations)
