@@ -135,15 +135,14 @@ class Shuffle:
     """
 
     def __init__(self, n, device):
-        self.order = torch.randperm(world_size() * n, device=device)
-        if world_size() > 1:
-            dist.broadcast(self.order, src=0)
+        order = all_gather(torch.rand(n, device=device)).argsort(stable=True)  # the same in every process
+        self.there, self.back = (places.chunk(world_size())[rank()] for places in (order, order.argsort()))
 
     def __call__(self, x):
-        return all_gather(x)[self.order].chunk(world_size())[rank()]
+        return all_gather(x)[self.there]
 
     def undo(self, x):
-        return all_gather(x)[self.order.argsort()].chunk(world_size())[rank()]
+        return all_gather(x)[self.back]
 
 
 # --- Backbone stages and RoIAlign ------------------------------------------------------------------------------------
@@ -301,11 +300,16 @@ class Queue(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys):
         """Put in the rows of `keys` [N, dim], normalised, of every process, in rank order; any N, the same in all."""
-        keys = all_gather(keys.detach()).to(self.keys.dtype)
-        size = len(self.keys)
-        index = self.position + torch.arange(len(keys), device=keys.device)
-        self.keys[index[-size:] % size] = keys[-size:]  # of more rows than fit, the last stay
-        self.position.copy_((self.position + len(keys)) % size)
+        self.put(all_gather(keys.detach()))
+
+    @torch.no_grad()
+    def put(self, keys, count=None):
+        """Put in rows that every process holds alike; with `count`, a tensor, the first `count` of no more than fit."""
+        size, count = len(self.keys), len(keys) if count is None else count
+        place = torch.arange(len(keys), device=keys.device)[-size:]  # of more rows than fit, the last stay
+        index = (self.position + place) % size
+        self.keys[index] = torch.where((place < count)[:, None], keys[-size:].to(self.keys.dtype), self.keys[index])
+        self.position.copy_((self.position + count) % size)
 
 
 def float32(*tensors):
@@ -617,7 +621,7 @@ def center_crop(size):
     return x, y, x + side, y + side
 
 
-class ColourAugment(torchvision.transforms.RandAugment):
+class ColorAugment(torchvision.transforms.RandAugment):
     """RandAugment without the operations that move the picture."""
 
     def _augmentation_space(self, *args):
@@ -625,12 +629,16 @@ class ColourAugment(torchvision.transforms.RandAugment):
         return {name: x for name, x in space.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
 
 
-def rand_augment(image, rng, moves=True):
-    """torchvision's RandAugment (its 2 operations of magnitude 9) on a PIL image, drawn from rng; without `moves` each pixel
-    stays where it is."""
+def rand_augment(image, rng, magnitude=28, moves=True):
+    """torchvision's RandAugment, 2 operations of `magnitude` (0 to 30), on a PIL image, drawn from rng.
+
+    Without `moves` each pixel stays where it is. 28 changes a picture as much as InfoMin's operations, which DUPR cites,
+    do at their strength of 10 of 10.
+    """
+    augment = torchvision.transforms.RandAugment if moves else ColorAugment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2 ** 63)))
-        return (torchvision.transforms.RandAugment() if moves else ColourAugment())(image)
+        return augment(magnitude=magnitude)(image)
 
 
 class ImageFolder:
@@ -863,7 +871,7 @@ class Views(Dataset):
         index, bad = item[1], ""
         for _ in range(20):
             try:
-                return {**self.views(self.source.photo(index), rng), "index": item[1], "bad": bad}
+                return {"index": item[1], **self.views(self.source.photo(index), rng), "bad": bad}
             except Unreadable as error:
                 bad = bad or f"{self.source.name(index)} ({error})"
                 index = int(rng.integers(len(self.source)))

@@ -26,7 +26,8 @@ import common
 
 PAPER = dict(  # on ImageNet; lr is for batch_size
     arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, weights=[0.1, 0.4, 0.7, 1.0],
-    queue=65536, momentum=0.999, temperature=0.2, dim=128, min_area=0.2, augment="moco")
+    queue=65536, momentum=0.999, temperature=0.2, dim=128, min_area=0.2, augment="moco",
+    augment_magnitude=28)
 
 DEMO = dict(arch="resnet18w0.25", size=32, epochs=10, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
 
@@ -40,7 +41,7 @@ def jigsaw_sizes(size):
     return 3 * round(85 * size / 224), round(64 * size / 224)
 
 
-def views(photo, rng, size, min_area, augment="moco", local=True):
+def views(photo, rng, size, min_area, augment="moco", magnitude=28, local=True):
     """Two global views and the regions of two sets of nine patches, each mirrored half of the time.
 
     Gives x_q and x_k, uint8 [3, size, size]; with `local` p_q and p_k, uint8 [3, 255, 255] (at 224), and at_q and at_k,
@@ -53,7 +54,7 @@ def views(photo, rng, size, min_area, augment="moco", local=True):
     batch = {}
     for name, view in zip(names, photo.cut(crops, sizes[:len(crops)])):
         view = ImageOps.mirror(view) if rng.random() < 0.5 else view
-        view = common.rand_augment(view, rng) if augment == "rand" else view
+        view = common.rand_augment(view, rng, magnitude) if augment == "rand" else view
         batch[name] = common.to_tensor(view)
         if name.startswith("p"):
             cell = torch.tensor([[x, y] for y in range(3) for x in range(3)]) * (region // 3)
@@ -205,6 +206,7 @@ def arguments():
     add("--no-local", action="store_true", help="without patches: stages alone (Table 1 b); with --weights 0 0 0 1 MoCo v2's loss")
     add("--share-queue", action="store_true", help="one global and one local queue for all stages (Table 16, with --no-local)")
     add("--augment", choices=["moco", "rand"], help="moco: MoCo v2's; rand: RandAugment before it, for DetCo+AA")
+    add("--augment-magnitude", type=common.number(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
     add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
     add("--momentum", type=common.number(float, 0, 1), help="m, of the key network")
     add("--temperature", type=common.number(float, 1e-3), help="tau")
@@ -230,7 +232,8 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "detco", model, optimizer)
-    cut = partial(views, size=args.size, min_area=args.min_area, augment=args.augment, local=not args.no_local)
+    cut = partial(views, size=args.size, min_area=args.min_area, augment=args.augment,
+                  magnitude=args.augment_magnitude, local=not args.no_local)
     batches = run.batches(cut, device)
     ddp = common.parallel(model, device, args.compile)
 

@@ -28,7 +28,7 @@ import common
 PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
     arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, alpha=[0.1, 0.4, 0.7, 1.0],
     beta=[0.0, 0.0, 1.0, 1.0], queue=65536, patch_keys=32, momentum=0.999, temperature=0.15, dim=128, min_area=0.2,
-    augment="rand")
+    augment="rand", augment_magnitude=28)
 
 ABLATION = dict(temperature=0.2)  # with --augment moco
 
@@ -41,7 +41,7 @@ DEMO = dict(
 # Views (Sec. 3.2.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def two_views(photo, rng, size, min_area, augment="moco"):
+def two_views(photo, rng, size, min_area, augment="moco", magnitude=28):
     """Two random crops, each mirrored half of the time, and where they overlap.
 
     Gives x_q and x_k, uint8 [3, size, size]; box_q and box_k [1, 4], the intersection in xyxy pixels of each view;
@@ -55,7 +55,8 @@ def two_views(photo, rng, size, min_area, augment="moco"):
         flip = bool(rng.random() < 0.5)
         box = to_view(b if overlap else r, r, size, flip)                                            # B_1 = T_1(B)
         view = ImageOps.mirror(view) if flip else view
-        view = common.rand_augment(view, rng, moves=False) if augment == "rand" else view            # patches stay put
+        if augment != "moco":
+            view = common.rand_augment(view, rng, magnitude, moves=augment == "rand-moves")
         batch |= {f"x_{name}": common.to_tensor(view), f"box_{name}": torch.tensor([box]), f"flip_{name}": torch.tensor(flip)}
     return batch
 
@@ -108,14 +109,14 @@ class Encoder(nn.Module):
 
 class DUPR(nn.Module):
     """The pretext task. alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); what has weight 0
-    costs nothing. patch_keys: patches a level that each process enqueues a step ("per batch" of one GPU, as we read it, for
-    then the 8 of the paper turn a queue over in 256 steps). bn_splits: BN groups of one process."""
+    costs nothing. patch_keys: patches a level that go into its queue in a step, of the global batch ("we sample 32 patch features
+    per batch"), so that one process trains as eight do. bn_splits: BN groups of one process."""
 
     def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32, momentum=0.999,
                  temperature=0.15, dim=128, bn_splits=1):
         super().__init__()
         self.alpha, self.beta = ([weight for weight in weights if weight] for weights in (alpha, beta))
-        self.patch_keys, self.momentum, self.temperature = patch_keys, momentum, temperature
+        self.patch_keys, self.momentum, self.temperature = min(patch_keys, queue), momentum, temperature
         self.photometric = photometric()
         self.encoder_q = Encoder(arch, alpha, beta, dim, bn_splits)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
@@ -141,15 +142,25 @@ class DUPR(nn.Module):
 
     @torch.no_grad()
     def update(self):
-        """f_2 follows f_1; the new keys go in: each image's, and some patches of those images whose views overlap."""
+        """f_2 follows f_1; the new keys go in: each image's, and `patch_keys` patches a level (Sec. 3.2.3)."""
         common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)
         v_k, r_k, overlap = self.new
         for k, queue in zip(v_k, self.image_queues):
             queue.enqueue(k)
         for k, queue in zip(r_k, self.patch_queues):
-            n, places, _ = k.shape
-            first = torch.rand(n * places, device=k.device) + overlap.repeat_interleave(places)  # others where too few
-            queue.enqueue(k.flatten(0, 1)[first.topk(min(self.patch_keys, n * places)).indices])
+            queue.put(*sample_patches(k, overlap, self.patch_keys))
+
+
+def sample_patches(k, overlap, count):
+    """Up to `count` patches drawn from those of all overlapping pairs of the global batch.
+
+    k [N, P, D], overlap [N] bool -> [count, D], the same in all processes, and how many of its first rows are such patches.
+    """
+    score = torch.rand(k.shape[:2], device=k.device) + overlap[:, None]  # 1 or more for those to draw from
+    score, mine = score.flatten().topk(min(count, score.numel()))
+    score, keys = common.all_gather(score), common.all_gather(k.flatten(0, 1)[mine])
+    score, drawn = score.topk(min(count, len(score)))
+    return keys[drawn], (score >= 1).sum()
 
 
 def patch_nce(q, k, overlap, negatives, temperature):
@@ -203,9 +214,12 @@ def arguments():
     add = parser.own.add_argument
     add("--alpha", type=common.number(float, 0), nargs=4, help="weights of the image losses of conv2_x to conv5_x (Eq. 2)")
     add("--beta", type=common.number(float, 0), nargs=4, help="weights of the patch losses")
-    add("--augment", choices=["rand", "moco"], help="rand: RandAugment before MoCo v2's colours; moco: those alone")
+    add("--augment", choices=["rand", "rand-moves", "moco"],
+        help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of its operations, which move "
+             "patches; moco: MoCo v2's alone")
+    add("--augment-magnitude", type=common.number(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
     add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
-    add("--patch-keys", type=common.number(int, 1), help="patches a level that each process enqueues a step")
+    add("--patch-keys", type=common.number(int, 1), help="patches a level that go into its queue in a step, of the global batch")
     add("--momentum", type=common.number(float, 0, 1), help="of the key network")
     add("--temperature", type=common.number(float, 1e-3), help="tau; 0.2 with --augment moco")
     add("--dim", type=common.number(int, 1), help="length of a query or key")
@@ -230,7 +244,7 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "dupr", model, optimizer)
-    views = partial(two_views, size=args.size, min_area=args.min_area, augment=args.augment)
+    views = partial(two_views, size=args.size, min_area=args.min_area, augment=args.augment, magnitude=args.augment_magnitude)
     batches = run.batches(views, device)
     ddp = common.parallel(model, device, args.compile)
 

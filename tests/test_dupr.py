@@ -206,9 +206,13 @@ def test_patch_loss_in_parts_equals_the_whole_with_its_gradient():
     assert hits == common.pretext_accuracy(q.flatten(0, 1), k.flatten(0, 1), negatives)
 
 
+def a_batch_of_mixed_overlap():
+    """Of 8 pairs the first, fifth, sixth and seventh overlap: one in the first of two processes, three in the second."""
+    return a_batch() | {"overlap": torch.tensor([True, False, False, False, True, True, True, False])}
+
+
 def gradients(**settings):
-    model, batch = plain(tiny(**settings)), a_batch()
-    batch["overlap"] = torch.tensor([True, False, False, False, True, True, True, False])  # 1 and 3 in two processes
+    model, batch = plain(tiny(**settings)), a_batch_of_mixed_overlap()
     share = 8 // common.world_size()
     ddp = common.parallel(model, torch.device("cpu"))
     loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
@@ -230,6 +234,53 @@ def test_two_processes_equal_one(step):
         for a, b in zip(alone, together):
             assert np.abs(a - b).max() < 1e-4
         assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(keys, their_keys))
+
+
+OVERLAPS = [[True, False, False, False, True, True, True, False], [False] * 5 + [True] + [False] * 2, [False] * 8]
+
+
+def patch_queues():
+    """For each of OVERLAPS and both levels: the queue before and after a step of this process's share, and all patches."""
+    results, share = [], 8 // common.world_size()
+    for overlap in OVERLAPS:
+        model, batch = plain(tiny(queue=100, patch_keys=12)), a_batch() | {"overlap": torch.tensor(overlap)}
+        before = [q.keys.numpy().copy() for q in model.patch_queues]
+        common.seed_device(common.rank())
+        with torch.no_grad():
+            model({name: x[common.rank() * share:][:share] for name, x in batch.items()})
+        model.update()
+        patches = [common.all_gather(k).numpy() for k in model.new[1]]                    # [8, P, D] of each level
+        results += [(overlap, old, q.keys.numpy(), int(q.position), k)
+                    for old, q, k in zip(before, model.patch_queues, patches)]
+    return results
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_patch_queues_take_patch_keys_of_the_global_batch_whatever_the_number_of_processes(world):
+    results = [patch_queues()] if world == 1 else in_processes(2, patch_queues)
+    for overlap, before, after, position, patches in results[0]:
+        new = min(12, sum(overlap) * patches.shape[1])                 # of four pairs 12; of one 12 of 16, or all 4; of none none
+        assert position == new and (after[new:] == before[new:]).all()
+        distance = np.linalg.norm(after[:new, None] - patches.reshape(1, -1, 16), axis=2)
+        nearest = distance.argmin(axis=1)
+        images = set(nearest // patches.shape[1])
+        assert len(set(nearest)) == new and all(overlap[n] for n in images)
+        assert not new or distance.min(axis=1).max() < 1e-5
+        assert len(images) >= min(sum(overlap), 2)                     # not of one image, and so not of one process
+    for one, other in zip(results[0], results[-1]):
+        assert (one[2] == other[2]).all() and one[3] == other[3]
+
+
+def test_patches_are_drawn_from_the_whole_global_batch_alike():
+    common.seed_device(0)
+    k, overlap = torch.arange(60.0).view(6, 10, 1), torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    counts = torch.zeros(60)
+    for _ in range(3000):
+        keys, count = dupr.sample_patches(k, overlap, 4)
+        assert count == 4
+        counts[keys[:, 0].long()] += 1
+    assert not counts.view(6, 10)[~overlap].any()
+    assert (counts.view(6, 10)[overlap] - 300).abs().max() < 85                           # 300 each, sd 16
 
 
 # --- the script ---
