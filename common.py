@@ -250,18 +250,22 @@ LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (B
 
 
 def resnet(arch, norm_layer=None, zero_init_residual=False):
-    """`resnet18 34 50 101 152 200`, with `wX` every channel count times X: `resnet50w4`, `resnet18w0.25`.
+    """`resnet18 34 50 101 152 200`, with `wX` every channel count times X (`resnet50w4`), or ResNeXt: `resnext50_32x8d`.
 
     The module maps [N, 3, H, W] to the stage outputs [c2, c3, c4, c5] at strides 4, 8, 16, 32; their channel counts
     stand in `.channels`. Its `state_dict` has torchvision's keys. zero_init_residual: the last BN gamma of each residual
     block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch.
     """
-    match = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
-    if not match or int(match[1]) not in LAYERS or not round(64 * float(match[2] or 1)):
+    plain = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
+    grouped = re.fullmatch(r"resnext(50|101|152)_([1-9]\d*)x([1-9]\d*)d", arch)
+    if grouped:
+        depth, width, more = int(grouped[1]), 1, dict(groups=int(grouped[2]), width_per_group=int(grouped[3]))
+    elif plain and int(plain[1]) in LAYERS and round(64 * float(plain[2] or 1)):
+        depth, width, more = int(plain[1]), float(plain[2] or 1), {}
+    else:
         fail(f"unknown --arch {arch}: take resnet{', resnet'.join(map(str, LAYERS))}, with wX for X times the "
-             "channels (resnet50w4)")
-    return Backbone(*LAYERS[int(match[1])], width=float(match[2] or 1), norm_layer=norm_layer,
-                    zero_init_residual=zero_init_residual)
+             "channels (resnet50w4), or resnext50_32x8d")
+    return Backbone(*LAYERS[depth], width, norm_layer=norm_layer, zero_init_residual=zero_init_residual, **more)
 
 
 def roi_align(features, boxes, output_size, stride):
@@ -1233,7 +1237,7 @@ class Parser(argparse.ArgumentParser):
         count = number(int, 1)
         if demo:
             add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
-            add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels")
+            add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
             add("--size", type=number(int, 32), help="side of a view in pixels, 32 or more: the network's stride")
             add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
             add("--compile", action="store_true", help="torch.compile the model")

@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.checkpoint import checkpoint
 
 import common
 
@@ -83,8 +82,9 @@ class Encoder(nn.Module):
     this is MoCo v2's.
     """
 
-    def __init__(self, arch, alpha, beta, dim, bn_splits):
+    def __init__(self, arch, alpha, beta, dim, bn_splits, roi_size=None):
         super().__init__()
+        self.roi_size = roi_size
         self.backbone = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=bn_splits))
         self.image_levels, self.patch_levels = ([m for m in range(4) if weight[m]] for weight in (alpha, beta))
         self.depth = 1 + max(self.image_levels + self.patch_levels)
@@ -96,12 +96,13 @@ class Encoder(nn.Module):
 
     def forward(self, x, box, flip):
         """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level, and r, [N, S*S, dim] of each patch level:
-        patch p is the same place in both views. S is the level's own size: 7 for conv5, 14 for conv4 at 224 (Sec. 4.5.3)."""
+        patch p is the same place in both views. S is roi_size, or the level's own: 7 for conv5, 14 for conv4 at 224 (Sec. 4.5.3)."""
         f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
         r = []
         for m, g in zip(self.patch_levels, self.g):
-            region = g(common.roi_align(f[m], box, f[m].shape[-1], stride=4 * 2 ** m))    # Eq. 5, 6: [N, dim, S, S]
+            side = self.roi_size or f[m].shape[-1]
+            region = g(common.roi_align(f[m], box, side, stride=4 * 2 ** m))              # Eq. 5, 6: [N, dim, S, S]
             region = torch.where(flip.view(-1, 1, 1, 1), region.flip(3), region)          # mirrored back
             r.append(region.flatten(2).mT)                                                # [N, S*S, dim]
         return [F.normalize(x.float(), dim=-1) for x in v], [F.normalize(x.float(), dim=-1) for x in r]
@@ -113,12 +114,12 @@ class DUPR(nn.Module):
     per batch"), so that one process trains as eight do. bn_splits: BN groups of one process."""
 
     def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32, momentum=0.999,
-                 temperature=0.15, dim=128, bn_splits=1):
+                 temperature=0.15, dim=128, bn_splits=1, roi_size=None):
         super().__init__()
         self.alpha, self.beta = ([weight for weight in weights if weight] for weights in (alpha, beta))
         self.patch_keys, self.momentum, self.temperature = min(patch_keys, queue), momentum, temperature
         self.photometric = photometric()
-        self.encoder_q = Encoder(arch, alpha, beta, dim, bn_splits)
+        self.encoder_q = Encoder(arch, alpha, beta, dim, bn_splits, roi_size)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.image_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.alpha)   # one for each loss
         self.patch_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.beta)
@@ -167,19 +168,47 @@ def patch_nce(q, k, overlap, negatives, temperature):
     """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> this process's part of the loss, in nats,
     and of the share of patches that are nearest to their own. Averaged over processes, as DDP does, they are means over the
     patches of all overlapping pairs: the paper's sum would weigh 49 to 196 times the image loss. 0 where none overlaps."""
-    def rows(q, k):  # [n, D] each
-        with torch.autocast(q.device.type, enabled=False):
-            positive = (q * k).sum(dim=1) / temperature
-            others = q @ negatives.T / temperature                                        # [n, K]
-            return torch.logaddexp(positive, others.logsumexp(dim=1)) - positive, positive > others.amax(dim=1)
-
-    part = partial(checkpoint, rows, use_reentrant=False, preserve_rng_state=False)
-    parts = zip(q.flatten(0, 1).split(8192), k.flatten(0, 1).split(8192))                 # 2 GB each, of 13 on one GPU
-    losses, hits = (torch.cat(x) for x in zip(*(part(*x) for x in parts)))
+    rows = common.float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
+    losses, hits = InfoNCEInParts.apply(*rows, temperature)
     weight = overlap.float()[:, None] / q.shape[1]                                        # [N, 1]
     count = common.all_gather(overlap.float()).sum().clamp(min=1) / common.world_size()
     mean = lambda x: (x.view(q.shape[:2]) * weight).sum() / count
-    return mean(losses), mean(hits.float()).detach()
+    return mean(losses), mean(hits.float())
+
+
+PART = 2 ** 26  # similarities at a time: 0.25 GB
+
+
+class InfoNCEInParts(torch.autograd.Function):
+    """common.info_nce of each row of q [R, D], gradient to q alone, and whether k [R, D] is nearer to it than all negatives.
+
+    For 256 images R is 50176 on conv4_x: all R x K similarities would take 13 GB, several times over. A few rows are done
+    with in one go, as loss and gradient need the same softmax.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, negatives, temperature):
+        def some(q, k):  # [n, D] each
+            positive = (q * k).sum(dim=1) / temperature
+            logits = q @ (negatives.T / temperature)                                      # [n, K]
+            nearest = logits.amax(dim=1)
+            top = torch.maximum(positive, nearest)
+            own, others = (positive - top).exp(), logits.sub_(top[:, None]).exp_()
+            total = own + others.sum(dim=1)
+            mean_key = (own[:, None] * k + others @ negatives) / total[:, None]           # by softmax
+            return total.log() + top - positive, positive > nearest, (mean_key - k) / temperature
+
+        n = max(1, PART // len(negatives))
+        with torch.autocast(q.device.type, enabled=False):                                # see common.info_nce
+            losses, hits, gradient = map(torch.cat, zip(*map(some, q.split(n), k.split(n))))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        gradient, = ctx.saved_tensors
+        return grad[:, None] * gradient, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,14 +216,14 @@ def patch_nce(q, k, overlap, negatives, temperature):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
-    """views.png: both views of a few images, their intersection and conv5's S x S grid in it (7 x 7 at 224): one number, one spot
-    of the scene."""
+    """views.png: both views of a few images, their intersection and the S x S grid in it, conv5's (7 x 7 at 224) or --roi-size:
+    one number, one spot of the scene."""
     columns = []
     for name in "qk":
         views = (common.denormalised(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
         pictures = []
         for view, box, flip, overlap in zip(views, batch[f"box_{name}"], batch[f"flip_{name}"], batch["overlap"]):
-            factor, side = 448 // view.shape[-1] + 1, -(-view.shape[-1] // 32)
+            factor, side = 448 // view.shape[-1] + 1, model.encoder_q.roi_size or -(-view.shape[-1] // 32)
             picture = Image.fromarray(view.permute(1, 2, 0).numpy()).resize([view.shape[-1] * factor] * 2)
             x1, y1, x2, y2 = (box[0] * factor).tolist()
             pen = ImageDraw.Draw(picture)
@@ -218,6 +247,7 @@ def arguments():
         help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of its operations, which move "
              "patches; moco: MoCo v2's alone")
     add("--augment-magnitude", type=common.number(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
+    add("--roi-size", type=common.number(int, 1), help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
     add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
     add("--patch-keys", type=common.number(int, 1), help="patches a level that go into its queue in a step, of the global batch")
     add("--momentum", type=common.number(float, 0, 1), help="of the key network")
@@ -240,7 +270,7 @@ def main():
     common.compare_queue(args, source)
     common.seed_device(args.seed)
     model = DUPR(args.arch, args.alpha, args.beta, args.queue, args.patch_keys, args.momentum, args.temperature, args.dim,
-                 args.bn_splits if common.world_size() == 1 else 1)
+                 args.bn_splits if common.world_size() == 1 else 1, args.roi_size)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "dupr", model, optimizer)

@@ -26,9 +26,9 @@ import common
 
 PAPER = dict(  # version 2 on ImageNet; lr is for batch_size
     arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.03, warmup=0, print_every=50, min_area=0.2,
-    version=2, mechanism="queue", queue=65536, momentum=0.999, temperature=0.2, dim=128)
+    version=2, schedule="cosine", mechanism="queue", queue=65536, momentum=0.999, temperature=0.2, dim=128)
 
-VERSION_1 = dict(temperature=0.07)  # and a linear head, v1's colours, lr / 10 at 120 and 160 of 200 epochs
+VERSION_1 = dict(temperature=0.07, schedule="steps")  # and a linear head, v1's colors
 
 DEMO = dict(
     arch="resnet18w0.25", size=32, epochs=16, lr=0.06, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
@@ -38,11 +38,16 @@ DEMO = dict(
 # Views
 # ---------------------------------------------------------------------------------------------------------------------
 
-def two_views(photo, rng, size, min_area):
-    """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size]."""
-    crops = [common.random_crop(photo.size, (min_area, 1.0), rng) for _ in range(2)]
-    views = [ImageOps.mirror(view) if rng.random() < 0.5 else view for view in photo.cut(crops, [size, size])]
-    return {"x_q": common.to_tensor(views[0]), "x_k": common.to_tensor(views[1])}
+def two_views(photo, rng, size, min_area, key=True):
+    """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size].
+
+    Without `key` x_q alone, which is all that the memory bank needs. `index` is of the image that was cut, which may stand
+    in for one that cannot be decoded.
+    """
+    names = ["x_q", "x_k"] if key else ["x_q"]
+    crops = [common.random_crop(photo.size, (min_area, 1.0), rng) for _ in names]
+    views = [ImageOps.mirror(view) if rng.random() < 0.5 else view for view in photo.cut(crops, [size] * len(crops))]
+    return {name: common.to_tensor(view) for name, view in zip(names, views)} | {"index": photo.index}
 
 
 def photometric(version):
@@ -92,7 +97,7 @@ class MoCo(nn.Module):
             self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))
 
     def forward(self, batch):
-        """batch: x_q and x_k [N, 3, S, S] uint8, index [N] -> InfoNCE loss (Eq. 1) and its stats."""
+        """batch: x_q and x_k [N, 3, S, S] uint8 (bank: x_q, index [N]) -> InfoNCE loss (Eq. 1) and its stats."""
         q = self.encoder_q(self.photometric(batch["x_q"]))                                # [N, dim]
         if self.mechanism == "bank":
             k, negatives = self.look_up(batch["index"])
@@ -128,9 +133,9 @@ class MoCo(nn.Module):
 
     def look_up(self, index):
         """Bank entries of images `index` [N], and of K others drawn at random, none of this process's batch."""
-        sorted_index = index.sort().values
         k = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
-        k += torch.searchsorted(sorted_index - torch.arange(len(index), device=k.device), k, right=True)
+        smaller = index.sort().values - torch.arange(len(index), device=k.device)  # images not in the batch below each
+        k += torch.searchsorted(smaller.cummax(dim=0).values, k, right=True)       # cummax: an image may be there twice
         return self.bank[index], self.bank[k]
 
     @torch.no_grad()
@@ -148,10 +153,23 @@ class MoCo(nn.Module):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
+INSTAGRAM = 62500  # steps between drops of the rate in the run on Instagram-1B (Sec. 4)
+
+
+def learning_rate(args, step, total, warmup):
+    """The rate of a step: --schedule, after `warmup` steps in which it rises from 0."""
+    base = args.lr * args.batch_size / PAPER["batch_size"]
+    if args.schedule == "instagram":
+        base, total = base * 0.9 ** (step // INSTAGRAM), math.inf  # no other fall
+    return common.learning_rate(base, step, total, warmup, drops=(0.6, 0.8) if args.schedule == "steps" else None)
+
+
 def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--version", type=int, choices=[1, 2], help="1: linear head, step schedule; 2: MLP head, blur, cosine schedule")
+    add("--schedule", choices=["cosine", "steps", "instagram"],
+        help="steps: a tenth at 120 and at 160 of 200 epochs, version 1's; instagram: times 0.9 every 62500 steps")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
     add("--queue", type=common.number(int, 1), help="K, the keys in the queue (or drawn from the bank)")
     add("--momentum", type=common.number(float, 0, 1), help="m of Eq. 2; of the features for the bank (there 0.5)")
@@ -183,7 +201,8 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "moco", model, optimizer)
-    batches = run.batches(partial(two_views, size=args.size, min_area=args.min_area), device)
+    views = partial(two_views, size=args.size, min_area=args.min_area, key=args.mechanism != "bank")
+    batches = run.batches(views, device)
     ddp = common.parallel(model, device, args.compile)
 
     if monitor and run.step == 0:
@@ -191,11 +210,10 @@ def main():
     for batch in batches:
         if run.step == 0:
             common.seed_device(args.seed, run.step, common.rank())
-            views = [common.denormalised(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k")]
-            common.save_views(Path(args.out, "views.png"), *views)
+            seen = [common.denormalised(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k") if name in batch]
+            common.save_views(Path(args.out, "views.png"), *seen)
         common.seed_device(args.seed, run.step, common.rank())
-        lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
-                                  round(args.warmup * run.steps_per_epoch), drops=(0.6, 0.8) if args.version == 1 else None)
+        lr = learning_rate(args, run.step, run.total, round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             loss, stats = ddp(batch)

@@ -79,6 +79,14 @@ def test_w_multiplies_every_channel_count():
     assert len(common.resnet("resnet200w0.125").layer3) == 36
 
 
+def test_resnext_has_torchvisions_keys_and_shapes_and_the_papers_46_million_parameters():
+    ours, theirs = common.resnet("resnext50_32x4d").state_dict(), torchvision.models.resnext50_32x4d().state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")}
+    rx50 = common.resnet("resnext50_32x8d")                                               # MoCo Table 1: RX50, 46M
+    assert 45.5e6 < sum(p.numel() for p in rx50.parameters()) < 46.5e6 and rx50.channels == [256, 512, 1024, 2048]
+    assert rx50.layer1[0].conv2.groups == 32 and rx50.layer1[0].conv2.weight.shape == (256, 8, 3, 3)
+
+
 def test_batch_norm_groups_have_statistics_of_their_own():
     grouped, plain = common.GroupBatchNorm2d(3, groups=4), nn.BatchNorm2d(3)
     x = torch.randn(8, 3, 5, 5) * torch.arange(1.0, 9.0).view(-1, 1, 1, 1)
@@ -118,6 +126,16 @@ def test_queue_wraps_round_when_the_batch_does_not_divide_it():
     copy = common.Queue(4, 10)
     copy.load_state_dict(queue.state_dict())
     assert torch.equal(copy.keys, queue.keys) and copy.position == queue.position
+
+
+def test_queue_puts_in_the_first_rows_alone_when_told_how_many():
+    queue, slow = common.Queue(4, 10), deque(maxlen=10)
+    slow.extend(queue.keys.clone())
+    for count in (3, 0, 6, 5, 10):
+        rows = F.normalize(torch.randn(10 if count > 6 else 6, 4), dim=1)
+        queue.put(rows, torch.tensor(count))
+        slow.extend(rows[:count])
+        assert torch.equal(torch.roll(queue.keys, -int(queue.position), dims=0), torch.stack(list(slow))), count
 
 
 def enqueued():

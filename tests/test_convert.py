@@ -196,6 +196,12 @@ def test_detectron2s_settings_of_a_wide_network_give_its_shapes():
     assert int(settings["MODEL.RESNETS.RES2_OUT_CHANNELS"]) == network.channels[0]
 
 
+def test_detectron2s_settings_of_a_resnext_give_its_groups():
+    settings = dict(zip(*[iter(convert.detectron2_settings("resnext50_32x8d").split())] * 2))
+    assert settings["MODEL.RESNETS.NUM_GROUPS"] == "32" and settings["MODEL.RESNETS.WIDTH_PER_GROUP"] == "8"
+    assert settings["MODEL.RESNETS.DEPTH"] == "50" and settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] == "256"
+
+
 def bad(tmp_path, kind):
     if kind == "text":
         (tmp_path / "last.pt").write_text("no weights")

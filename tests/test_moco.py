@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ def test_views_are_two_crops_of_the_same_image_each_mirrored_half_of_the_time(ph
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 600, dtype=np.uint8)[None, :, None], (400, 1, 3)))
     rng, mirrored = np.random.default_rng(0), []
     for _ in range(300):
-        views = moco.two_views(common.Photo(ramp, 0), rng, 32, 0.2)
+        views = moco.two_views(common.Photo(ramp, 7), rng, 32, 0.2)
+        assert views.pop("index") == 7
         assert {name: (v.shape, v.dtype) for name, v in views.items()} == dict.fromkeys(("x_q", "x_k"), ((3, 32, 32), torch.uint8))
         mirrored.append([bool(v[0, 0, 0] > v[0, 0, -1]) for v in views.values()])
     share = np.mean(mirrored, axis=0)
@@ -128,6 +130,24 @@ def test_bank_draws_from_all_images_but_those_of_the_batch():
     assert len(others) == 15 and others.min() > 200 and others.max() < 340  # 4000 / 15 = 267 each
 
 
+def test_bank_never_draws_an_image_of_the_batch_even_one_that_is_there_twice():
+    model = tiny("bank", images=12, queue=3000)
+    model.bank = torch.arange(12.0)[:, None].repeat(1, 16)
+    for index in ([5, 5, 6], [0, 0, 0], [11, 4, 11, 4], [9, 8, 8, 11], [1, 0, 1, 3, 3]):
+        drawn = set(model.look_up(torch.tensor(index))[1][:, 0].tolist())
+        assert drawn <= set(range(12)) - set(index) and len(drawn) == 12 - len(index)
+
+
+def test_bank_cuts_no_key_and_writes_a_stand_in_to_its_own_entry(tmp_path):
+    for name in "abc":
+        Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    views = common.Views(common.ImageFolder(tmp_path), partial(moco.two_views, size=32, min_area=0.2, key=False), seed=0)
+    item = views[0, 1]
+    assert set(item) == {"x_q", "index", "bad"} and item["index"] in (0, 2) and item["bad"].startswith("b.png")
+    assert views[0, 2]["index"] == 2
+
+
 def test_bank_entries_mix_old_and_new_features_of_their_own_image():
     model, batch = plain(tiny("bank", momentum=0.5)), a_batch()
     before = model.bank.clone()
@@ -177,6 +197,16 @@ def test_two_processes_equal_one(mechanism):
             assert np.abs(a - b).max() < 1e-5
         if mechanism == "queue":
             assert np.abs(keys - their_keys).max() < 1e-6
+
+
+def test_schedules_are_those_of_the_papers():
+    rate = lambda schedule, step, total=1000, warmup=0: moco.learning_rate(
+        SimpleNamespace(lr=0.03, batch_size=1024, schedule=schedule), step, total, warmup)
+    assert [rate("steps", step) for step in (0, 599, 600, 799, 800)] == pytest.approx([0.12, 0.12, 0.012, 0.012, 0.0012])
+    assert [rate("cosine", step) for step in (0, 500, 1000)] == pytest.approx([0.12, 0.06, 0])
+    steps = (0, 62499, 62500, 125000, 1249999)                                            # Sec. 4: 0.12, times 0.9 every 62.5k
+    assert [rate("instagram", step, 1250000) for step in steps] == pytest.approx([0.12, 0.12, 0.108, 0.0972, 0.12 * 0.9 ** 19])
+    assert rate("instagram", 4, warmup=10) == pytest.approx(0.06)
 
 
 # --- the script ---
@@ -247,7 +277,7 @@ def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     assert len(log) == 3 and all(math.isfinite(row["loss"]) for row in log)
     settings = torch.load(tmp_path / "last.pt", weights_only=True)["settings"]
     assert settings["temperature"] == (0.07 if "--version" in more else 0.2)
-    assert settings["momentum"] == 0.9
+    assert settings["momentum"] == 0.9 and settings["schedule"] == ("steps" if "--version" in more else "cosine")
 
 
 def test_without_data_the_demo_trains_on_drawn_shapes(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def add_init(parser):
     add("--init", required=True, metavar="WHAT",
         help="last.pt of one of the five methods, torchvision's weights of a ResNet (.pth), or: random")
     add("--part", choices=PARTS, default="online", help="of last.pt: online or query, target or key (default: online)")
-    add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels (default: last.pt's, or resnet50)")
+    add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: last.pt's, or resnet50)")
 
 
 def initial(args):
@@ -153,11 +153,12 @@ def detectron2_settings(arch):
     """What a Detectron2 configuration says of an --arch."""
     with torch.device("meta"):
         network = common.resnet(arch)
-    depth, stem = int(re.match(r"resnet(\d+)", arch)[1]), network.conv1.out_channels
+    depth, stem = int(re.match(r"resnex?t(\d+)", arch)[1]), network.conv1.out_channels
     if depth == 200 or depth < 50 and stem != 64:
         return f"none, Detectron2 has no {arch}"
-    return (f"MODEL.RESNETS.DEPTH {depth} MODEL.RESNETS.STEM_OUT_CHANNELS {stem} MODEL.RESNETS.WIDTH_PER_GROUP {stem} "
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS {network.channels[0]}")
+    groups, width = (network.groups, network.base_width) if network.groups > 1 else (1, stem)
+    return (f"MODEL.RESNETS.DEPTH {depth} MODEL.RESNETS.STEM_OUT_CHANNELS {stem} MODEL.RESNETS.NUM_GROUPS {groups} "
+            f"MODEL.RESNETS.WIDTH_PER_GROUP {width} MODEL.RESNETS.RES2_OUT_CHANNELS {network.channels[0]}")
 
 
 def main():
