@@ -1,8 +1,8 @@
 """DetCon: Efficient Visual Pretraining with Contrastive Detection (Hénaff et al., ICCV 2021), variants S and B.
 
-Each image is cut into segments by a simple heuristic. The features of a segment, pooled from the last stage of one view,
-must be told to be those of the same segment in another view, among all segments of that image and of all others in the
-batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
+Each image is cut into segments by a simple heuristic. The features of a segment, pooled from the last stage of one
+view, must be told to be those of the same segment in another view, among all segments of that image and of all others
+in the batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
 
     python detcon.py                                                shapes drawn on the fly, some minutes on two cores
     python detcon.py --data DIR                                     your own images; masks by Felzenszwalb-Huttenlocher
@@ -10,11 +10,12 @@ batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and 
     python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
     python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps          as the paper does on COCO
 
-Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; the same command again goes on where it stopped. In last.pt's
-`model`, `online.backbone.*` are torchvision's ResNet.
+Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; the same command again goes on from there.
+In last.pt's `model`, `online.backbone.*` are torchvision's ResNet.
 """
 import copy
 import re
+import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,13 @@ import common
 
 PAPER = dict(  # S on ImageNet; lr is for batch_size: 0.3 per 256
     arch="resnet50", size=224, epochs=300, batch_size=4096, lr=4.8, warmup=10, print_every=50, variant="s", masks="fh",
-    fh_scale=[1000], num_masks=16, temperature=0.1, weight_decay=1e-6, schedule="cosine", hidden=2048, dim=128)
+    fh_scale=[1000], num_masks=16, mask_pooling="soft", views=2, temperature=0.1, weight_decay=1e-6,
+    schedule="cosine", hidden=2048, dim=128)
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
-GRID1 = dict(num_masks=1)  # one global mask is SimCLR (S) or a contrastive BYOL (B); more draws of it change nothing
+# One global mask is SimCLR (S) or a contrastive BYOL (B). Eq. 3 counts a region once, so M draws of one divide the
+# gradient by M, which LARS makes up for in the weights but not in BN and biases (Table 4 a: --num-masks 16).
+GRID1 = dict(num_masks=1)
 B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
 
 DEMO = dict(
@@ -44,51 +48,83 @@ DEMO = dict(
 # Views (Sec. 3.1, A.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def two_views(photo, rng, masks, size, num_masks, keep=False):
+def views(photo, rng, masks, size, num_masks, pooling="soft", count=2, keep=False):
     """Two random crops of one image, each mirrored half of the time, and `num_masks` masks of each.
 
-    masks(photo) gives the image's masks [H, W] or [H, W, channels], over the whole image at any resolution. Gives x1 and
-    x2, uint8 [3, size, size]; ids1 and ids2 [M], which mask of the image each is; masks1 and masks2 [M, S/32, S/32], the
-    share of each cell of c5 that is in the mask. `keep`: also members1 and members2, bool [M, size, size], to look at.
+    masks(photo) gives the image's masks [H, W] or [H, W, channels], over the whole image at any resolution. Returns x1
+    and x2, uint8 [3, size, size]; ids1 and ids2 [M], which mask of the image each is; masks1 and masks2
+    [M, S/32, S/32], how much each cell of c5 weighs in it. With a count of 1 there is no x2, and both sets of masks are
+    drawn from x1. `keep`: also members1 and members2, bool [M, size, size], to look at.
     """
-    crops = [common.random_crop(photo.size, (0.08, 1.0), rng) for _ in range(2)]
-    views, mask_of_image, batch = photo.cut(crops, [size] * 2, Image.Resampling.BICUBIC), masks(photo), {}
-    for i, (crop, x) in enumerate(zip(crops, views), start=1):
-        mask = cut(mask_of_image, crop, photo.size, size)
-        if rng.random() < 0.5:
-            x, mask = ImageOps.mirror(x), mask[:, ::-1]
-        ids, members = draw(mask, num_masks, rng)
-        cells = F.adaptive_avg_pool2d(torch.from_numpy(members).float(), -(-size // 32))
-        batch |= {f"x{i}": common.to_tensor(x), f"ids{i}": torch.from_numpy(ids), f"masks{i}": cells}
+    crops = [common.random_crop(photo.size, (0.08, 1.0), rng) for _ in range(count)]
+    pictures, whole, batch = photo.cut(crops, [size] * count, Image.Resampling.BICUBIC), masks(photo), {}
+    for i in (1, 2):
+        if i <= count:
+            x, mirrored = pictures[i - 1], rng.random() < 0.5
+            batch[f"x{i}"] = common.to_tensor(ImageOps.mirror(x) if mirrored else x)
+            mask = cut(whole, crops[i - 1], photo.size, size, mirrored)
+            share = shares(mask, -(-size // 32), hard=pooling == "hard")
+        ids, weights = draw(share, num_masks, rng, one_cell=pooling == "sample")
+        batch |= {f"ids{i}": torch.from_numpy(ids), f"masks{i}": torch.from_numpy(weights)}
         if keep:
-            batch |= {f"members{i}": torch.from_numpy(members)}
+            batch[f"members{i}"] = torch.from_numpy(np.stack([member(mask, k) for k in ids]))
     return batch
 
 
-def cut(labels, crop, photo_size, size):
+def cut(labels, crop, photo_size, size, mirrored=False):
     """The nearest labels at the pixels of `crop` (xyxy, pixels of the image) made size x size."""
     across, down = ((crop[k] + (np.arange(size) + 0.5) * (crop[k + 2] - crop[k]) / size) * labels.shape[1 - k]
                     / photo_size[k] for k in (0, 1))
-    return labels[down.astype(int)[:, None], across.astype(int)]
+    return labels[down.astype(int)[:, None], across.astype(int)[::-1 if mirrored else 1]]
 
 
-def draw(mask, n, rng):
-    """n of the masks that are present, with replacement: ids [n], and which pixels are in each, bool [n, S, S].
+BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # [256, 8], the bits of a byte
 
-    mask: uint8 [S, S] labels, [S, S, channels] with a set of labels each, or uint16 [S, S] with a mask a bit. Where no
-    mask is present, the whole view is one, number -1.
+
+def shares(mask, cells, hard=False):
+    """The share that each region has of each of cells x cells squares -> [regions, cells, cells].
+
+    mask: uint8 [S, S] labels; [S, S, channels] with a set of labels each, region 256 * channel + label; or uint16
+    [S, S], 16 regions that may overlap, one a bit. hard, as in the released code: of each set, the region with the
+    largest share of a cell has all of it.
     """
-    if mask.dtype == np.uint16:
-        present = np.flatnonzero(np.bitwise_or.reduce(mask, axis=None) >> np.arange(16) & 1)
-        member = lambda k: mask >> k & 1 > 0
-    else:
-        mask = mask[..., None] if mask.ndim == 2 else mask
-        present = np.concatenate([256 * c + np.flatnonzero(np.bincount(mask[..., c].ravel())) for c in range(mask.shape[2])])
-        member = lambda k: mask[..., k // 256] == k % 256
+    size, bits = len(mask), mask.dtype == np.uint16
+    labels = np.ascontiguousarray(mask).view(np.uint8).reshape(size, size, -1)            # 16 bits are two bytes
+    channels, band = labels.shape[2], np.arange(size) * cells // size
+    cell = (cells * band[:, None] + band)[..., None]                                      # [S, S, 1]
+    place = 256 * (cell + cells ** 2 * np.arange(channels)) + labels                      # [S, S, channels]
+    counts = np.bincount(place.ravel(), minlength=256 * channels * cells ** 2).reshape(channels, cells ** 2, 256)
+    if bits:
+        counts = (counts @ BITS).swapaxes(0, 1).reshape(1, cells ** 2, 16)
+    side = np.bincount(band)                                                              # pixels, about 32
+    share = counts / np.outer(side, side).reshape(-1, 1)                                  # [sets, cells^2, regions]
+    if hard:
+        share = (np.arange(share.shape[2]) == share.argmax(axis=2, keepdims=True)) & (share > 0)
+    return share.swapaxes(1, 2).reshape(-1, cells, cells)
+
+
+def draw(share, n, rng, one_cell=False):
+    """n of the regions that are present, with replacement: ids [n], and how much each cell weighs, float32 [n, h, w].
+
+    one_cell: all weight lies on one cell, drawn by the shares (Sec. 4.4). If no region is present, the whole view is
+    one, number -1.
+    """
+    present = np.flatnonzero(share.any(axis=(1, 2)))
     if not len(present):
-        return np.full(n, -1), np.ones((n, *mask.shape[:2]), bool)
+        present, share = [-1], np.ones((1, *share.shape[1:]))
     ids = rng.choice(present, n)
-    return ids, np.stack([member(k) for k in ids])
+    weights = share[ids].astype(float)
+    if one_cell:
+        chance = weights.reshape(n, -1)
+        weights = rng.multinomial(1, chance / chance.sum(axis=1, keepdims=True)).reshape(weights.shape)
+    return ids, weights.astype(np.float32)
+
+
+def member(mask, k):
+    """Which pixels of a mask, as `shares` takes it, are in region k as `draw` counts -> bool [S, S]."""
+    if mask.dtype == np.uint16:
+        return mask >> k & 1 > 0 if k >= 0 else mask == 0
+    return mask.reshape(*mask.shape[:2], -1)[..., k // 256] == k % 256
 
 
 def photometric(variant, view, size):
@@ -122,29 +158,34 @@ class Encoder(nn.Module):
         return self.projector(h.flatten(0, 1)).unflatten(0, h.shape[:2])                  # z_m: [N, M, dim]
 
 
-def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature):
-    """Contrastive detection (Eq. 1 to 3), both ways added, in nats: the sum over an image's distinct paired regions, divided by
-    the M draws; the mean over images.
+def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=True):
+    """Contrastive detection (Eq. 1 to 3), both ways added, in nats: the sum over an image's distinct paired regions,
+    divided by the M draws; the mean over images.
 
-    pred1, pred2, target1, target2: [N, M, D], of this process's N images, not normalised; ids1, ids2: [N, M], equal where
-    two draws are of one region. Each process's rows meet the targets of all processes: [N*M, 2 * world*N*M] similarities,
-    not the square of the global batch. S passes its projections as predictions and targets, and trains through both.
+    pred1, pred2, target1, target2: [N, M, D], of this process's N images, not normalized; ids1, ids2: [N, M], equal if
+    two draws are of one region. Each process's rows meet the targets of all processes, [N*M, 2 * world*N*M]
+    similarities, not the square of the global batch; without `gather`, those of these N images alone. S passes its
+    projections as predictions and targets, and trains through both.
     """
     with torch.autocast(pred1.device.type, enabled=False):
         pred1, pred2, target1, target2 = (F.normalize(x, dim=2) for x in common.float32(pred1, pred2, target1, target2))
-        target1, target2 = common.all_gather(target1), common.all_gather(target2)         # [world*N, M, D]
-        return (one_way(pred1 / temperature, target2, target1, ids1, ids2)
-                + one_way(pred2 / temperature, target1, target2, ids2, ids1))
+        mine = torch.arange(len(ids1), device=ids1.device)                                # these among all images
+        if gather:
+            mine = mine + common.rank() * len(ids1)
+            target1, target2 = common.all_gather(target1), common.all_gather(target2)     # [world*N, M, D]
+        return (one_way(pred1 / temperature, target2, target1, ids1, ids2, mine)
+                + one_way(pred2 / temperature, target1, target2, ids2, ids1, mine))
 
 
-def one_way(pred, other, own, ids, other_ids):
-    """Eq. 3 from one view [N, M, D] to the targets of the `other` and of its `own` view, [world*N, M, D].
+def one_way(pred, other, own, ids, other_ids, mine):
+    """Eq. 3 from one view [N, M, D] to the targets of the `other` and of its `own` view, [world*N, M, D], in whose rows
+    `mine` [N] the same images are.
 
-    All targets of the other view stand in Eq. 1's denominator, all positives too, and the own view's but the same region's.
+    In Eq. 1's denominator stand all targets of the other view, all positives too, and those of the own view but for
+    the same region's.
     """
     n, m, _ = pred.shape
     image = torch.arange(n, device=pred.device)
-    mine = common.rank() * n + image                                                      # among all images
     similarity = lambda targets: (pred.flatten(0, 1) @ targets.flatten(0, 1).T).view(n, m, -1, m)
     across, within = similarity(other), similarity(own)                                   # [N, M, world*N, M] each
     same = ids[:, :, None] == ids[:, None]                                                # [N, M, M]
@@ -153,17 +194,17 @@ def one_way(pred, other, own, ids, other_ids):
     paired = (ids[:, :, None] == other_ids[:, None]).float()                              # the indicator of Eq. 3
     count = paired.sum(dim=2)
     positive = (across[image, :, mine] * paired).sum(dim=2) / count.clamp(min=1)
-    loss = all_targets - positive                                                         # Eq. 1, 2: mean over positives
-    return (loss * (count > 0) / same.sum(dim=2)).mean()                                  # Eq. 3, a region drawn twice once
+    loss = all_targets - positive                                                         # Eq. 1, 2: of all positives
+    return (loss * (count > 0) / same.sum(dim=2)).mean()                                  # Eq. 3: each region once
 
 
 class DetCon(nn.Module):
     """The pretext task. variant "s": one network, both views; "b": a target network follows the online one by
-    `update(momentum)`. size: of the views, in pixels."""
+    `update(momentum)`. size: of the views, in pixels. negatives: of how many images at a time, if not of the batch."""
 
-    def __init__(self, arch, variant="s", size=224, temperature=0.1, hidden=2048, dim=128):
+    def __init__(self, arch, variant="s", size=224, temperature=0.1, hidden=2048, dim=128, negatives=None):
         super().__init__()
-        self.variant, self.temperature = variant, temperature
+        self.variant, self.temperature, self.negatives = variant, temperature, negatives
         self.photometric = nn.ModuleList(photometric(variant, view, size) for view in (1, 2))
         self.online = Encoder(arch, hidden, dim)
         if variant == "b":
@@ -171,20 +212,32 @@ class DetCon(nn.Module):
             self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, batch):
-        """batch: x1, x2 [N, 3, S, S] uint8, ids1, ids2 [N, M], masks1, masks2 [N, M, S/32, S/32] -> loss and stats."""
-        views = [(self.photometric[i](batch[f"x{i + 1}"]), batch[f"masks{i + 1}"]) for i in (0, 1)]
-        pred = target = [self.online(*view) for view in views]                            # v_m of S
+        """batch: x1, x2 [N, 3, S, S] uint8, ids1, ids2 [N, M], masks1, masks2 [N, M, S/32, S/32] -> loss and stats.
+
+        Without x2, the second masks are of x1 too (Table 5 b).
+        """
+        ids1, ids2, masks = batch["ids1"], batch["ids2"], [batch["masks1"], batch["masks2"]]
+        if "x2" not in batch:
+            masks = [torch.cat(masks, dim=1)]                                             # [N, 2M, S/32, S/32]
+        views = [(self.photometric[i](batch[f"x{i + 1}"]), mask) for i, mask in enumerate(masks)]
+        encode = lambda network: [z for view in views for z in network(*view).split(ids1.shape[1], dim=1)]
+        pred = target = encode(self.online)                                               # v_m of S
         if self.variant == "b":
             pred = [self.predictor(z.flatten(0, 1)).view_as(z) for z in pred]             # v_m of B
             with torch.no_grad():
-                target = [self.target(*view) for view in views]                           # v'_m of B
-        ids = batch["ids1"], batch["ids2"]
-        return detcon_loss(*pred, *target, *ids, self.temperature), self.stats(*pred, *target, *ids)
+                target = encode(self.target)                                              # v'_m of B
+        latents = *pred, *target, ids1, ids2
+        if self.negatives:                                                                # Table 5 a
+            parts = zip(*(x.split(self.negatives) for x in latents))
+            loss = torch.stack([detcon_loss(*part, self.temperature, gather=False) for part in parts]).mean()
+        else:
+            loss = detcon_loss(*latents, self.temperature)
+        return loss, self.stats(pred[0], target[1], ids1, ids2)
 
     @torch.no_grad()
-    def stats(self, pred, _, __, target, ids, other_ids):
-        """From view 1 to view 2 within this process: the share of paired masks whose nearest target is of their own
-        region, the mean similarity of pairs, and the share of masks that have a pair."""
+    def stats(self, pred, target, ids, other_ids):
+        """From view 1's predictions to view 2's targets, within this process: the share of paired masks whose nearest
+        target is of their own region, the mean similarity of pairs, and the share of masks that have a pair."""
         image = torch.arange(len(pred), device=pred.device)
         with torch.autocast(pred.device.type, enabled=False):
             pred, target = (F.normalize(x.float(), dim=2).flatten(0, 1) for x in (pred, target))
@@ -210,8 +263,8 @@ class DetCon(nn.Module):
 def felzenszwalb(photo, scales):
     """Felzenszwalb-Huttenlocher segments, minimum size = scale -> uint8 [H, W], or [H, W, number of scales].
 
-    H x W is the image's size; where its longer side has more than 500 pixels, the usual one of ImageNet's, that of the image
-    made that small: the scales are meant for such images.
+    H x W is the image's size, made smaller if its longer side has more than the 500 pixels that are usual in ImageNet:
+    the scales are meant for such images.
     """
     import cv2
     cv2.setNumThreads(1)  # every core has an image of its own
@@ -232,7 +285,8 @@ def make_masks(folder, source, scales, device):
     def write(k, file):
         Image.fromarray(felzenszwalb(source.photo(k), scales)).save(file, "png")
 
-    common.make_files(f"masks of {len(source)} images", len(source), lambda k: mask_path(folder, source, k), write, device)
+    path = partial(mask_path, folder, source)
+    common.make_files(f"masks of {len(source)} images", len(source), path, write, device)
 
 
 def mask_path(folder, source, i):
@@ -252,18 +306,19 @@ def read_mask(photo, folder, source):
     if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):
         raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
     if mask.shape[1::-1] not in (photo.size, common.shrunk(photo.size)):
-        raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {photo.size[0]} x {photo.size[1]}")
+        width, height = photo.size
+        raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {width} x {height}")
     return mask.astype(np.uint8) if mask.dtype == bool else mask
 
 
 def open_masks(args, source, device):
-    """masks(photo) of --masks, made where they are missing."""
+    """(masks(photo) of --masks, made where they are missing; what they are, wherever they lie)."""
     if re.fullmatch(r"grid\d+", args.masks):  # n x n squares (Figure 3)
         n = int(args.masks[4:])
         squares = np.arange(n * n).astype(np.uint8).reshape(n, n)
-        return lambda photo: squares
+        return lambda photo: squares, args.masks
     if args.masks == "truth":
-        return lambda photo: source.segments[photo.index]
+        return lambda photo: source.segments[photo.index], args.masks
     stem, count = Counter(source.name(i).rpartition(".")[0] for i in range(len(source))).most_common(1)[0]
     if count > 1:
         common.fail(f"{count} images are named {stem}, but for the ending, and would share a mask: rename them")
@@ -273,29 +328,29 @@ def open_masks(args, source, device):
         make_masks(folder, source, args.fh_scale, device)
     elif not Path(folder).is_dir():
         common.fail(f"--masks {folder}: no such folder")
-    return partial(read_mask, folder=folder, source=source)
+    some = [mask_path(folder, source, len(source) * k // 16) for k in range(16)]
+    content = zlib.crc32(b"".join(path.read_bytes() for path in some if path.is_file()))
+    return partial(read_mask, folder=folder, source=source), f"masks {content:08x}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training (A.3)
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodgerblue", "green", "purple", "brown", "pink"]
+COLORS = "red lime yellow cyan magenta orange white dodgerblue green purple brown pink".split()
 
 
 def save_views(path, model, batch, source, views, seed):
-    """views.png: both views of a few images, each beside its drawn masks, a mask in one colour in both."""
-    columns = []
-    for i in (1, 2):
+    """views.png: the views of a few images, each beside its drawn masks, a mask in one color in both."""
+    again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the masks in full
+    items, columns = [again[0, index] for index in batch["index"][:8].tolist()], []
+    for i in [i for i in (1, 2) if f"x{i}" in batch]:
         x = (common.denormalised(model.photometric[i - 1](batch[f"x{i}"])[:8]) * 255).byte().cpu()
-        again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the masks in full
         drawn = []
-        for picture, index in zip(x, batch["index"][:8].tolist()):
-            item = again[0, index]
-            ids = torch.cat([item["ids1"], item["ids2"]]).unique().tolist()
+        for picture, item in zip(x, items):
             mask_of = dict(zip(item[f"ids{i}"].tolist(), item[f"members{i}"]))            # those drawn twice, once
-            colours = [COLOURS[ids.index(k) % len(COLOURS)] for k in mask_of]
-            drawn.append(draw_segmentation_masks(picture, torch.stack([*mask_of.values()]), 0.6, colours))
+            colors = [COLORS[k % len(COLORS)] for k in mask_of]
+            drawn.append(draw_segmentation_masks(picture, torch.stack([*mask_of.values()]), 0.6, colors))
         columns += [x / 255, torch.stack(drawn) / 255]
     common.save_views(path, *columns)
 
@@ -304,13 +359,18 @@ def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--variant", choices=["s", "b"], help="s: SimCLR's framework; b: BYOL's")
-    add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/fh-1000 where missing; N x N "
-        "squares; or a PNG for each image, in the same subfolders (demo: the drawn objects themselves)")
+    add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/fh-1000 if missing; "
+        "N x N squares; or a PNG for each image, in the same subfolders (demo: the drawn objects themselves)")
     add("--fh-scale", type=common.number(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
     add("--prepare", action="store_true", help="make the masks and stop")
     add("--num-masks", type=common.number(int, 1), help="M, the masks of a view in a step")
+    add("--mask-pooling", choices=["soft", "hard", "sample"], help="features of a mask: weighted by its share of each "
+        "cell; of the cells that it has most of, as in the released code; or of one cell within (Sec. 4.4)")
+    add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b)")
+    add("--negatives", type=common.number(int, 1), metavar="N",
+        help="contrast N images at a time (Table 5 a: 32; default: the whole batch)")
     add("--temperature", type=common.number(float, 1e-3), help="tau")
-    add("--momentum", type=common.number(float, 0, 1), help="of the target of b at the start (.99; .996 at 1000 epochs)")
+    add("--momentum", type=common.number(float, 0, 1), help="of b's target at the start (.99; .996 at 1000 epochs)")
     add("--weight-decay", type=common.number(float, 0), help="of weights; 1.5e-6 with b at 1000 epochs")
     add("--schedule", choices=["cosine", "steps"], help="steps: a tenth at 96 %% and 98 %%, as on COCO")
     add("--hidden", type=common.number(int, 1), help="width of the hidden layer of the heads; 4096 with b")
@@ -322,6 +382,11 @@ def arguments():
         common.fail("--masks truth is for the drawn shapes: take fh, gridN or a folder of masks")
     if re.fullmatch(r"grid\d+", args.masks) and not 1 <= int(args.masks[4:]) <= 16:
         common.fail(f"--masks {args.masks}: from grid1 to grid16, whose 256 squares are as many as labels may be")
+    if args.variant == "s" and args.momentum is not None:
+        common.fail("--momentum is of the target network of --variant b; s has none")
+    images = args.batch_size // common.world_size()
+    if args.negatives and images % args.negatives:
+        common.fail(f"--negatives {args.negatives} does not divide the {images} images of a process")
     if args.prepare and args.masks != "fh":
         common.fail(f"--prepare has nothing to make: --masks {args.masks} needs nothing made")
     if len(args.fh_scale) not in (1, 3):
@@ -333,17 +398,18 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args, single=False)
+    masks, args.masks = open_masks(args, source, device)
+    if args.prepare:
+        return common.finish()
     common.seed_device(args.seed)
-    model = DetCon(args.arch, args.variant, args.size, args.temperature, args.hidden, args.dim)
+    model = DetCon(args.arch, args.variant, args.size, args.temperature, args.hidden, args.dim, args.negatives)
     model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = common.LARS(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    if args.prepare:
-        open_masks(args, source, device)
-        return common.finish()
     run = common.Run(args, source, "detcon", model, optimizer)
-    views = partial(two_views, masks=open_masks(args, source, device), size=args.size, num_masks=args.num_masks)
-    batches = run.batches(views, device)
+    make_views = partial(views, masks=masks, size=args.size, num_masks=args.num_masks, pooling=args.mask_pooling,
+                         count=args.views)
+    batches = run.batches(make_views, device)
     ddp = common.parallel(model, device, args.compile)
 
     if monitor and run.step == 0:
@@ -351,7 +417,7 @@ def main():
     for batch in batches:
         if run.step == 0 and common.rank() == 0:
             common.seed_device(args.seed, run.step, common.rank())
-            save_views(Path(args.out, "views.png"), model, batch, source, views, args.seed)
+            save_views(Path(args.out, "views.png"), model, batch, source, make_views, args.seed)
         common.seed_device(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch),
@@ -371,8 +437,8 @@ def main():
             run.monitor(model.online.backbone, monitor, device)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    masks = args.batch_size // common.world_size() * args.num_masks
-    run.summary(accuracy=f"share of regions found again among {masks} masks", positive="their similarity")
+    drawn = args.batch_size // common.world_size() * args.num_masks
+    run.summary(accuracy=f"share of regions found again among {drawn} masks", positive="their similarity")
     common.finish()
 
 

@@ -1,7 +1,7 @@
 """What the project costs, each figure beside what it is compared with, in one run.
 
     python tests/benchmark.py                      everything that this machine can do
-    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks family overlap step
+    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks pooling family overlap step
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
     python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
 
@@ -334,6 +334,32 @@ def masks(args, folder):
           f"{len(overlaps['fh'])} objects: fh {np.mean(overlaps['fh']):.1%}, grid5 {np.mean(overlaps['grid5']):.1%}")
 
 
+def pooled_one_by_one(mask, cells, n, rng):
+    """The masks of a view as most codes make them: each drawn one in full, then average-pooled."""
+    ids = rng.choice(np.flatnonzero(np.bincount(mask.ravel())), n)
+    members = torch.from_numpy(np.stack([mask == k for k in ids]))
+    return ids, torch.nn.functional.adaptive_avg_pool2d(members.float(), cells).numpy()
+
+
+def pooling(args, folder):
+    """CPU-ms for the masks of a pair of views: all regions counted at once, against 16 full-size masks."""
+    torch.set_num_threads(1)
+    source, rng = common.Shapes(16, size=500), np.random.default_rng(0)
+    labels = [source.labelled(i)[2] for i in range(16)]
+    mask = lambda i: detcon.cut(labels[i], common.random_crop((500, 500), (0.08, 1.0), rng), (500, 500), 224)
+    pairs = [(mask(i), mask(i)) for i in range(16)]
+    counted = lambda mask, cells, n, rng: detcon.draw(detcon.shares(mask, cells), n, rng)
+    took, results = {}, {}
+    for how in (counted, pooled_one_by_one):
+        rng, start = np.random.default_rng(0), time.process_time()
+        for _ in range(10):
+            results[how] = [how(mask, 7, 16, rng) for pair in pairs for mask in pair]
+        took[how] = 1000 * (time.process_time() - start) / 160
+    assert all(np.array_equal(x, y) for a, b in zip(*results.values()) for x, y in zip(a, b))
+    print(f"pooling: the masks of a pair of views take {took[counted]:.2f} CPU-ms, as 16 full-size masks each "
+          f"{took[pooled_one_by_one]:.2f} CPU-ms; the same numbers")
+
+
 def step(args, folder):
     """A whole MoCo step on data that lies on the device, and images/s of the whole script beside it (CUDA alone)."""
     if DEVICE.type != "cuda":
@@ -363,13 +389,13 @@ def step(args, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks family overlap step")
+    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks pooling family overlap step")
     parser.add_argument("--images", help="folder of images for `loader`")
     parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
     parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
-    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "family", "overlap", "step"]:
+    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "pooling", "family", "overlap", "step"]:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

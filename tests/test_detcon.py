@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,23 @@ def test_loss_and_gradients_equal_the_slow_version_with_loops_and_dictionaries(m
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["usual", "few_regions", "some_unpaired", "one_image", "one_mask"])
+@pytest.mark.parametrize("variant", ["s", "b"])
+def test_loss_and_gradients_equal_those_of_the_released_code(case, variant):
+    with np.load(Path(__file__).with_name("detcon_loss.npz")) as released:                # float64, but float32 in places
+        get = lambda name: torch.from_numpy(np.asarray(released[f"{case}/{name}"]))
+        p1, p2, t1, t2 = (get(name).requires_grad_() for name in ("pred1", "pred2", "target1", "target2"))
+        ids = get("ids1"), get("ids2")
+        if variant == "b":
+            loss, inputs, names = detcon.detcon_loss(p1, p2, t1, t2, *ids, 0.1), [p1, t2], ["b_pred1", "b_target2"]
+        else:
+            loss, inputs, names = detcon.detcon_loss(p1, p2, p1, p2, *ids, 0.1), [p1], ["s_1"]
+        assert loss.item() == pytest.approx(get(f"loss_{variant}").item(), rel=2e-7)
+        for grad, name in zip(torch.autograd.grad(loss, inputs), names):
+            want = get(f"grad_{name}")
+            assert (grad - want).norm() <= 2e-7 * want.norm(), name
+
+
 def test_loss_of_s_trains_through_predictions_and_targets_alike():
     z1, z2, _, _, ids1, ids2 = latents()
     fast, slow = detcon.detcon_loss(z1, z2, z1, z2, ids1, ids2, 0.1), slow_loss(z1, z2, z1, z2, ids1, ids2, 0.1)
@@ -95,6 +113,9 @@ def share_of_loss(variant):
     p1, p2, t1, t2, ids1, ids2 = mine
     t1, t2 = (p1, p2) if variant == "s" else (t1.detach(), t2.detach())
     loss = detcon.detcon_loss(p1, p2, t1, t2, ids1, ids2, 0.1)
+    if common.world_size() > 1:                                        # and alone again
+        apart = detcon.detcon_loss(p1, p2, t1, t2, ids1, ids2, 0.1, gather=False).item()
+        assert apart == pytest.approx(slow_loss(p1, p2, t1, t2, ids1, ids2, 0.1).item(), abs=1e-9)
     grads = torch.autograd.grad(loss, [p1, p2])
     return loss.item(), [g.numpy() / common.world_size() for g in grads]
 
@@ -111,15 +132,78 @@ def test_loss_of_two_processes_equals_that_of_one(variant):
 
 # --- views and masks ---
 
+def slow_shares(mask, cells):
+    """{region: share of each cell} of `shares`, region by region from its pixels; sizes that `cells` divides."""
+    sets = mask[..., None] if mask.ndim == 2 else mask
+    if mask.dtype == np.uint16:
+        regions = {k: mask // 2 ** k % 2 == 1 for k in range(16)}
+    else:
+        regions = {256 * c + k: sets[..., c] == k for c in range(sets.shape[2]) for k in range(256)}
+    return {k: F.adaptive_avg_pool2d(torch.from_numpy(x)[None].double(), cells)[0].numpy() for k, x in regions.items()}
+
+
+def three_masks(rng, size):
+    """Labels, three sets of labels and overlapping bits, in patches and with single pixels."""
+    patches = lambda high, *more: np.kron(rng.integers(0, high, (6, 6, *more)), np.ones((size // 6, size // 6, *[1] * len(more)), int))
+    masks = patches(9).astype(np.uint8), patches(5, 3).astype(np.uint8), patches(1 << 16).astype(np.uint16)
+    for mask in masks:
+        mask[rng.integers(size, size=20), rng.integers(size, size=20)] = 200
+    masks[2][:size // 2, :size // 2] = 0                                                    # no mask at all
+    return masks
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_shares_of_cells_equal_those_counted_region_by_region(hard):
+    for mask in three_masks(np.random.default_rng(0), 96):
+        share, slow = detcon.shares(mask, 3, hard), slow_shares(mask, 3)
+        sets = [range(16)] if mask.dtype == np.uint16 else [range(256 * c, 256 * c + 256) for c in range(len(share) // 256)]
+        for regions in sets:
+            for i, j in np.ndindex(3, 3):
+                cell = {k: slow[k][i, j] for k in regions}
+                if hard:                                                                    # the first of the largest
+                    winner = max(cell, key=lambda k: (cell[k], -k))
+                    cell = {k: float(k == winner and cell[k] > 0) for k in regions}
+                assert {k: share[k, i, j] for k in regions} == pytest.approx(cell, abs=1e-12)
+
+
+def test_a_size_that_32_does_not_divide_has_a_share_in_every_cell():
+    for size in (33, 50, 100):
+        share = detcon.shares(np.zeros((size, size), np.uint8), -(-size // 32))
+        assert share.shape == (256, -(-size // 32), -(-size // 32)) and (share[0] == 1).all() and not share[1:].any()
+
+
+def test_masks_are_pooled_by_share_by_winner_or_by_one_cell_within():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 48:], mask[60:, :8] = 1, 2                                   # 1: half of the right cells; 2: wins no cell
+    mask[:32, 40:] = 1                                                   # and 3/4 of the one above
+    draw = lambda hard, one_cell: detcon.draw(detcon.shares(mask, 2, hard), 4000, np.random.default_rng(0), one_cell)
+    ids, weights = draw(False, False)
+    assert set(ids) == {0, 1, 2}
+    assert weights[ids == 1][0].tolist() == [[0, 0.75], [0, 0.5]] and weights[ids == 2][0].tolist() == [[0, 0], [1 / 32, 0]]
+    ids, weights = draw(True, False)
+    assert set(ids) == {0, 1}                                            # a tie goes to the first
+    assert weights[ids == 1][0].tolist() == [[0, 1], [0, 0]] and weights[ids == 0][0].tolist() == [[1, 0], [1, 1]]
+    ids, weights = draw(False, True)
+    assert set(ids) == {0, 1, 2} and (np.sort(weights.reshape(-1, 4)) == [0, 0, 0, 1]).all()
+    assert weights[ids == 1].mean(axis=0) == pytest.approx(np.array([[0, 0.6], [0, 0.4]]), abs=0.05)
+
+
+def test_one_view_has_two_draws_of_its_masks_and_no_second_picture():
+    photo, labels = common.Photo(Image.new("RGB", (100, 60)), 0), np.arange(16, dtype=np.uint8).reshape(4, 4)
+    batch = detcon.views(photo, np.random.default_rng(0), lambda photo: labels, 64, 40, count=1, keep=True)
+    assert "x2" not in batch and batch["ids1"].tolist() != batch["ids2"].tolist()
+    first = dict(zip(batch["ids1"].tolist(), batch["members1"]))
+    second = dict(zip(batch["ids2"].tolist(), batch["members2"]))
+    assert len(first.keys() & second.keys()) > 2
+    assert all(torch.equal(first[k], second[k]) for k in first.keys() & second.keys())
+
+
 def test_grid_membership_is_the_share_of_each_cell_in_the_square():
     photo = common.Photo(Image.new("RGB", (100, 60)), 0)
     mask = detcon.cut(np.arange(4, dtype=np.uint8).reshape(2, 2), (0, 0, 100, 60), photo.size, 96)
-    ids, members = detcon.draw(mask, 40, np.random.default_rng(0))
-    assert sorted(set(ids.tolist())) == [0, 1, 2, 3]
-    cells = F.adaptive_avg_pool2d(torch.from_numpy(members).float(), 3)
-    want = {0: [[1, 0.5, 0], [0.5, 0.25, 0], [0, 0, 0]], 3: [[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]]}
-    for k, cell in want.items():
-        assert cells[ids.tolist().index(k)].tolist() == want[k]
+    share = detcon.shares(mask, 3)
+    assert share[0].tolist() == [[1, 0.5, 0], [0.5, 0.25, 0], [0, 0, 0]] and not share[4:].any()
+    assert share[3].tolist() == [[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]]
 
 
 def test_masks_move_with_the_picture_through_crop_and_mirror_in_both_views():
@@ -130,7 +214,7 @@ def test_masks_move_with_the_picture_through_crop_and_mirror_in_both_views():
     photo = common.Photo(Image.fromarray(picture), 0)
     mirrored = []
     for _ in range(200):
-        batch = detcon.two_views(photo, rng, lambda photo: labels, 64, 16, keep=True)
+        batch = detcon.views(photo, rng, lambda photo: labels, 64, 16, keep=True)
         for i in (1, 2):
             x, ids, members = batch[f"x{i}"].float() / 255, batch[f"ids{i}"].tolist(), batch[f"members{i}"]
             for k, member in zip(ids, members):
@@ -150,17 +234,20 @@ def test_16_masks_are_drawn_from_those_present_with_replacement_and_bits_may_ove
     bits = np.zeros((40, 40), np.uint16)
     bits[:20], bits[10:30, :30] = 1 << 3, bits[10:30, :30] | 1 << 15
     bits[10:20, :30] = 1 << 3 | 1 << 15
-    ids, members = detcon.draw(bits, 200, np.random.default_rng(0))
+    draw = lambda mask, n: detcon.draw(detcon.shares(mask, 2), n, np.random.default_rng(0))
+    ids, _ = draw(bits, 200)
     assert set(ids.tolist()) == {3, 15} and 60 < (ids == 3).sum() < 140
-    assert members[ids.tolist().index(3)].sum() == 20 * 40 and members[ids.tolist().index(15)].sum() == 20 * 30
+    assert detcon.member(bits, 3).sum() == 20 * 40 and detcon.member(bits, 15).sum() == 20 * 30
     three = np.stack([np.full((4, 4), 7), np.full((4, 4), 7), np.eye(4) * 9], axis=2).astype(np.uint8)
-    ids, members = detcon.draw(three, 100, np.random.default_rng(0))
+    ids, _ = draw(three, 100)
     assert set(ids.tolist()) == {7, 256 + 7, 512, 512 + 9}
-    ids, members = detcon.draw(np.zeros((8, 8), np.uint16), 16, np.random.default_rng(0))
-    assert ids.tolist() == [-1] * 16 and members.all()                 # no mask at all: the view is one
+    assert np.array_equal(detcon.member(three, 512 + 9), np.eye(4) > 0) and detcon.member(three, 256 + 7).all()
+    ids, weights = draw(np.zeros((8, 8), np.uint16), 16)
+    assert ids.tolist() == [-1] * 16 and (weights == 1).all()          # no mask at all: the view is one
+    assert detcon.member(np.zeros((8, 8), np.uint16), -1).all()
 
 
-def test_colours_are_those_of_the_table_in_a_1():
+def test_colors_are_those_of_the_table_in_a_1():
     s1, s2, b1, b2 = (detcon.photometric(v, i, 224) for v in "sb" for i in (1, 2))
     assert s1.strength.tolist() == s2.strength.tolist() == pytest.approx([0.8, 0.8, 0.8, 0.2])
     assert b1.strength.tolist() == b2.strength.tolist() == pytest.approx([0.4, 0.4, 0.2, 0.1])
@@ -253,12 +340,30 @@ def test_model_pools_masks_and_contrasts_them_as_written_out_slowly(variant):
     assert stats["paired"].item() == pytest.approx(np.mean(paired))
 
 
+@pytest.mark.parametrize("variant", ["s", "b"])
+def test_one_view_is_two_equal_views_to_a_network_without_batch_statistics(variant):
+    model, batch = plain(tiny(variant)), a_batch()
+    batch["x2"] = batch["x1"]
+    two, _ = model(batch)
+    del batch["x2"]
+    assert model(batch)[0].item() == pytest.approx(two.item(), rel=1e-5)
+
+
+def test_negatives_from_two_images_at_a_time_are_the_loss_of_each_two_alone():
+    model, batch = plain(tiny(negatives=2)), a_batch()
+    halves = [{name: x[part] for name, x in batch.items()} for part in (slice(0, 2), slice(2, 4))]
+    loss = model(batch)[0].item()
+    model.negatives = None
+    assert loss == pytest.approx(np.mean([model(half)[0].item() for half in halves]), rel=1e-5)
+    assert loss < model(batch)[0].item() - 0.3
+
+
 def test_accuracy_is_one_for_a_network_that_knows_and_zero_for_one_that_says_the_same_to_all():
     model, ids = tiny(), torch.tensor([[0, 1, 1], [0, 2, 5]])
     own = F.one_hot(ids + 8 * torch.arange(2)[:, None], 16).float()
-    assert model.stats(own, None, None, own, ids, ids)["accuracy"] == 1
-    assert model.stats(torch.ones(2, 3, 16), None, None, torch.ones(2, 3, 16), ids, ids)["accuracy"] == 0
-    assert model.stats(own, None, None, own.flip(0), ids, ids)["accuracy"] == 0
+    assert model.stats(own, own, ids, ids)["accuracy"] == 1
+    assert model.stats(torch.ones(2, 3, 16), torch.ones(2, 3, 16), ids, ids)["accuracy"] == 0
+    assert model.stats(own, own.flip(0), ids, ids)["accuracy"] == 0
 
 
 def test_every_residual_block_starts_as_the_identity_and_no_head_has_a_bias_in_its_last_layer():
@@ -327,6 +432,7 @@ def test_a_run_makes_its_masks_and_goes_on_where_it_stopped(pictures, tmp_path, 
 
 def test_masks_made_before_are_not_made_again(pictures, tmp_path, monkeypatch):
     plan = arguments(pictures, tmp_path, "--prepare")
+    monkeypatch.setattr(detcon, "DetCon", None)                        # which takes no model
     assert run(monkeypatch, *plan) == 0
     files = sorted((tmp_path / "fh-50").rglob("*.png"))
     files[0].unlink()
@@ -346,14 +452,17 @@ def test_two_processes_make_masks_and_train_under_torchrun_and_one_goes_on(pictu
 
 
 @pytest.mark.parametrize("more", [["--masks", "grid1"], ["--masks", "grid5", "--variant", "b"], ["--schedule", "steps"],
-                                  ["--fh-scale", 20, 50, 80], ["--amp", "bf16", "--size", 48]])
+                                  ["--fh-scale", 20, 50, 80], ["--amp", "bf16", "--size", 48],
+                                  ["--mask-pooling", "hard", "--masks", "grid5"],
+                                  ["--mask-pooling", "sample", "--masks", "grid5", "--views", 1, "--negatives", 4]])
 def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 3, *more)) == 0
 
 
 @pytest.mark.parametrize("more, says", [
     (["--masks", "grid17"], "grid1 to grid16"), (["--masks", "/no/such"], "no such folder"), (["--masks", "truth"], "drawn shapes"),
-    (["--masks", "grid5", "--prepare"], "nothing to make"), (["--fh-scale", "5", "6"], "one scale or three")])
+    (["--masks", "grid5", "--prepare"], "nothing to make"), (["--fh-scale", "5", "6"], "one scale or three"),
+    (["--momentum", "0.9"], "s has none"), (["--negatives", "5"], "does not divide the 16 images")])
 def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, capsys, more, says):
     assert run(monkeypatch, *arguments(pictures, tmp_path, *more)) == 2
     error = capsys.readouterr().err
@@ -387,6 +496,18 @@ def test_settings_follow_the_variant_as_the_appendix_has_them(pictures, tmp_path
     assert (b.lr, b.weight_decay, b.hidden, b.dim, b.momentum) == (4.8, 1e-6, 4096, 256, 0.99)
     assert (long.lr, long.weight_decay, long.momentum) == (3.2, 1.5e-6, 0.996)
     assert settings("--masks", "grid1").num_masks == 1 and settings("--masks", "grid2").num_masks == 16
+
+
+def test_a_run_goes_on_with_its_masks_moved_but_not_with_others(pictures, tmp_path, monkeypatch, capsys):
+    plan = lambda masks, steps: arguments(pictures, tmp_path / "out", "--masks", masks, "--max-steps", steps)
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--prepare")) == 0
+    assert run(monkeypatch, *plan(tmp_path / "fh-50", 2)) == 0
+    (tmp_path / "fh-50").rename(tmp_path / "moved")
+    assert run(monkeypatch, *plan(tmp_path / "moved", 3)) == 0 and len(rows(tmp_path / "out")) == 3
+    for path in (tmp_path / "moved").rglob("*.png"):
+        Image.new("L", (40, 40)).save(path)
+    assert run(monkeypatch, *plan(tmp_path / "moved", 4)) == 2
+    assert "other settings: masks" in capsys.readouterr().err
 
 
 def test_a_folder_of_other_masks_ends_the_run(pictures, tmp_path, monkeypatch, capsys):

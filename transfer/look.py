@@ -323,7 +323,7 @@ def open_masks(kind, args, source):
         return lambda photo: detcon.felzenszwalb(photo, detcon.PAPER["fh_scale"])
     if not re.fullmatch(r"grid([1-9]|1[0-6])|truth", kind) and not Path(kind).is_dir():
         common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
-    return detcon.open_masks(argparse.Namespace(masks=kind), source, None)
+    return detcon.open_masks(argparse.Namespace(masks=kind), source, None)[0]
 
 
 def masks(args, device):
