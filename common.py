@@ -1,17 +1,21 @@
 """What all five methods need and none of the papers is about.
 
-In this order: distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and momentum,
+In this order: how a program ends, distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and momentum,
 LARS and schedules, photometric augmentation, images and sampler, checkpoints, log, kNN monitor, command line.
 
 Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
 uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalised floats.
 """
 import argparse
+import atexit
+import fcntl
+import io
 import json
 import math
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import sys
 import time
@@ -36,6 +40,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB stati
 Image.MAX_IMAGE_PIXELS = None                             # the images are the user's own, however large
 
 
+# --- How a program ends ----------------------------------------------------------------------------------------------
+
 def fail(message, everywhere=False):
     """End the program as a usage error: one line on stderr, from process 0 unless `everywhere`, and exit code 2."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
@@ -43,6 +49,106 @@ def fail(message, everywhere=False):
     else:
         time.sleep(3)  # torchrun stops the others as soon as one ends: let process 0 speak first
     sys.exit(2)
+
+
+def say(*words, sep=" "):
+    """print for as long as somebody listens: a run does not end with the `tee` that it is piped to."""
+    try:
+        print(*words, sep=sep, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Stop:
+    """What SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP ask for: to end where nothing is lost, with exit code 128 + signal.
+
+    While it is `.holding`, in the loop of a run, a signal is only noted in `.signal`, and `Run.until_stopped` ends the run
+    after the step; elsewhere the program ends where it stands, as what it has finished is on disk. A second signal ends it at
+    once. Within 3 seconds it is taken for the first one's echo: torchrun sends on what all its processes have got already.
+    """
+
+    def __init__(self):
+        self.signal, self.since, self.holding, self.pending = 0, 0.0, False, None
+
+    def listen(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                signal.signal(number, self.receive)
+        os.register_at_fork(after_in_child=deaf)
+        atexit.register(end_children)
+        sys.excepthook = explain
+
+    def receive(self, number, frame):
+        again = self.signal
+        if again and time.monotonic() < self.since + 3:
+            return
+        self.signal, self.since = number, time.monotonic()
+        if again:
+            end_children()
+            os._exit(128 + number)
+        if not self.holding:
+            if int(os.environ.get("RANK", 0)) == 0:
+                os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(number).name.encode())
+            sys.exit(128 + number)
+
+    def agreed(self):
+        """The signal that any process had got when all last asked, the same in all of them, or 0. To be asked once a step, by
+        all: the answer travels during the next step, between the hosts, and no device is waited for."""
+        if world_size() == 1:
+            return self.signal
+        answer = self.settle()
+        if not answer:
+            flag = torch.tensor(self.signal)
+            self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag
+        return answer
+
+    def settle(self):
+        """Wait for the answer under way."""
+        if self.pending is None:
+            return 0
+        (work, flag), self.pending = self.pending, None
+        work.wait()
+        return int(flag)
+
+
+stop = Stop()
+
+
+def deaf(worker=None):
+    """In a child: leave what a terminal or a cluster sends to all processes to the parent; a loader's worker SIGTERM too."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if worker is None else signal.SIG_IGN)
+
+
+def end_children():
+    """End the workers, which are deaf to what multiprocessing sends them at the end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch takes their end for a fault
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def explain(kind, error, trace):
+    """sys.excepthook: one line instead of a traceback when the machine is at fault, or the settings ask too much of it."""
+    text, chain = str(error).strip() or kind.__name__, [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    fault = next((x for x in chain if isinstance(x, OSError)), None)
+    line = text.splitlines()[-1][:200]
+    if stop.signal:  # with others of the run gone, anything may go wrong
+        line = f"ended by {signal.Signals(stop.signal).name}: the same command goes on from the last checkpoint"
+    elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|llocate|Storage size", text):
+        fail(f"out of memory: lower {'--batch-size, --size or --workers' if stop.holding else '--queue, --dim, --arch or --size'} "
+             f"({line})", everywhere=True)
+    elif "DataLoader worker" in text:
+        line += "; if memory or shared memory (/dev/shm) is short, lower --workers"
+    elif fault:
+        line = f"{fault.filename or 'a file'}: {fault.strerror or fault}"
+    elif not (dist.is_initialized() and re.search("[Cc]onnection|remote process|Gloo|NCCL", text)):
+        sys.__excepthook__(kind, error, trace)
+        sys.exit(1)
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    sys.exit(128 + stop.signal if stop.signal else 1)
 
 
 # --- Distributed set-up and gathering --------------------------------------------------------------------------------
@@ -55,10 +161,35 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True       # the batches of training have one shape
         torch.set_float32_matmul_precision("high")  # TF32, but where `exact_products` forbids it
+    stop.listen()
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=timedelta(hours=1))  # while process 0 alone judges what all have found
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=timedelta(hours=1),  # while process 0 alone judges what all have found
+                                **meeting_place())
     return device
+
+
+def meeting_place():
+    """Where the processes of this attempt find each other, as arguments of init_process_group.
+
+    torchrun keeps one store for all its attempts, so that after a restart it still holds the addresses of the dead. Process 0
+    therefore opens one that ends with itself and tells the others its port; who finds a dead one's port looks again.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store, number, size = next(dist.rendezvous("env://"))
+    host = os.environ["MASTER_ADDR"]
+    if number == 0:
+        mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(mine.port))
+        return dict(store=mine, rank=number, world_size=size)
+    while True:
+        try:
+            theirs = dist.TCPStore(host, int(store.get("port")), timeout=timedelta(seconds=5))
+            theirs.set_timeout(timedelta(minutes=5))
+            return dict(store=theirs, rank=number, world_size=size)
+        except dist.DistError:
+            time.sleep(0.2)
 
 
 @contextmanager
@@ -257,10 +388,10 @@ def resnet(arch, norm_layer=None, zero_init_residual=False):
     block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch.
     """
     plain = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
-    grouped = re.fullmatch(r"resnext(50|101|152)_([1-9]\d*)x([1-9]\d*)d", arch)
+    grouped = re.fullmatch(r"resnext(50|101|152)_([1-9]\d?)x([1-9]\d?)d", arch)
     if grouped:
         depth, width, more = int(grouped[1]), 1, dict(groups=int(grouped[2]), width_per_group=int(grouped[3]))
-    elif plain and int(plain[1]) in LAYERS and round(64 * float(plain[2] or 1)):
+    elif plain and int(plain[1]) in LAYERS and 1 <= round(64 * float(plain[2] or 1)) <= 1024:
         depth, width, more = int(plain[1]), float(plain[2] or 1), {}
     else:
         fail(f"unknown --arch {arch}: take resnet{', resnet'.join(map(str, LAYERS))}, with wX for X times the "
@@ -544,6 +675,19 @@ def decoding():
         raise Unreadable(error) from error
 
 
+PAUSES = 0.2, 1, 4  # seconds
+
+
+def content(path):
+    """A file's bytes, asked for again, after pauses, when a network file system fails to give them."""
+    for pause in PAUSES:
+        try:
+            return Path(path).read_bytes()
+        except OSError:
+            time.sleep(pause)
+    return Path(path).read_bytes()
+
+
 class Photo:
     """One image; JPEG is not decoded before views are cut from it. `.size` is (width, height), upright."""
 
@@ -651,6 +795,8 @@ class ImageFolder:
     The names lie in one buffer, not in a list of strings: ten million of them do not grow with each worker.
     """
 
+    max_pixels = 2 * 10 ** 8  # of an image: --max-pixels
+
     def __init__(self, root):
         self.root, self.bad = Path(root), set()  # bad: what was found undecodable
         if not str(root) or not self.root.is_dir():
@@ -673,7 +819,10 @@ class ImageFolder:
 
     def photo(self, i):
         with decoding():
-            return Photo(Image.open(self.root / self.name(i)), i)
+            image = Image.open(io.BytesIO(content(self.root / self.name(i))))
+            if image.width * image.height > self.max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than --max-pixels {self.max_pixels}")
+            return Photo(image, i)
 
     def only(self, names, what):
         """Keep these images alone, a list of bytes, in its order. Exits with 2 where one of them is not there; what: who names
@@ -907,7 +1056,7 @@ class Loader:
     def __init__(self, source, views, batches, workers, device, seed=0, collate=None):
         self.source, self.device, self.waited, self.seen = source, device, 0.0, 0
         self.loader = DataLoader(Views(source, views, seed), batch_sampler=batches, num_workers=workers,
-                                 collate_fn=collate, pin_memory=device.type == "cuda",
+                                 collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=deaf,
                                  multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
@@ -944,16 +1093,41 @@ ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_ever
 
 @contextmanager
 def whole(path):
-    """A binary file to write to, which comes to stand at `path` whole or not at all."""
+    """A binary file to write to, which comes to stand at `path` whole or not at all. An OSError says the path."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except BaseException:
+    except BaseException as error:
         Path(f"{path}.tmp").unlink(missing_ok=True)
+        fault = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        if isinstance(fault, OSError) and fault.errno:
+            raise OSError(fault.errno, fault.strerror, str(path)) from error
         raise
+
+
+LOCKED = []  # open files: a lock ends when its file is closed
+
+
+def lock(folder):
+    """Keep other runs out of a folder until this process, number 0 of its run, ends.
+
+    A record lock: it ends with its process, however that ends, is not left to workers, and works on NFS. Exits with 2 when
+    another run is at work; one that was killed may take a few seconds to die.
+    """
+    if rank() > 0:
+        return
+    LOCKED.append(open(Path(folder, ".lock"), "w"))
+    for _ in range(20):
+        try:
+            return fcntl.lockf(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return
+    fail(f"another run is at work in {folder}: wait until it has ended, or take another folder")
 
 
 def save(path, **state):
@@ -1004,6 +1178,7 @@ class Run:
         self.out, self.step, self.board = Path(args.out), 0, None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            lock(self.out)
         except OSError as error:
             fail(f"--out {args.out}: {error.strerror}")
         if Path(self.out, "last.pt").exists():
@@ -1047,7 +1222,27 @@ class Run:
         steps = global_batches(len(self.source), self.args.batch_size, self.args.seed, self.step, self.last)
         self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed, collate)
         self.restart_clock()
-        return self.loader
+        return self.until_stopped()
+
+    def until_stopped(self):
+        """Every batch of the loader. After a signal: ends the program when the step is done and saved, in all processes after
+        the same step."""
+        stop.holding = True
+        try:
+            for batch in self.loader:
+                yield batch
+                number = stop.agreed()
+                if number and self.step < self.last:
+                    self.save()
+                    barrier()  # torchrun ends the others as soon as one is gone
+                    if rank() == 0:
+                        say(f"stopped by {signal.Signals(number).name} after step {self.step} of {self.total}, which is saved: "
+                            "the same command goes on")
+                    finish()
+                    sys.exit(128 + number)
+            stop.settle()
+        finally:
+            stop.holding = False
 
     def restart_clock(self):
         """What happened since the last row does not count in images_per_s."""
@@ -1077,8 +1272,7 @@ class Run:
             row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
             with open(Path(self.out, "log.jsonl"), "a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ",
-                  flush=True)
+            say(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ")
             for name, value in values.items() if self.board else ():
                 self.board.add_scalar(name, value, self.step)
 
@@ -1096,7 +1290,7 @@ class Run:
         if knns:
             figures += [f"kNN {knns[-1]:.1%}" + (f" (untrained {knns[0]:.1%})" if "knn" in rows[0] else "")]
         if rank() == 0:
-            print(f"step {self.step} of {self.total}: {', '.join(figures)}")
+            say(f"step {self.step} of {self.total}: {', '.join(figures)}")
 
 
 def save_views(path, *views):
@@ -1107,7 +1301,8 @@ def save_views(path, *views):
     if rank() == 0:
         pictures = torch.stack(views, dim=1).flatten(0, 1).cpu()  # [N * views, 3, S, S]
         pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
-        torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), path)
+        with whole(path) as file:
+            torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), file, "png")
 
 
 def denormalised(x):
@@ -1159,8 +1354,11 @@ def make_files(label, count, path, write, device):
     tasks = [k for k in range(count) if not path(k).exists()]
     if total(len(tasks)) != len(tasks) * world_size():  # all have looked before the first one writes
         fail(f"the processes see different {label}: put them where every node sees them")
+    if tasks:
+        path(0).parent.mkdir(parents=True, exist_ok=True)
+        lock(path(0).parent)
     mine = iter(DataLoader(Files(path, write, tasks[rank()::world_size()]), batch_size=None, num_workers=cores(),
-                           multiprocessing_context="fork"))
+                           worker_init_fn=deaf, multiprocessing_context="fork"))
     done, finished, start = 0, 0, time.perf_counter()
     while finished < len(tasks):
         meet = time.perf_counter() + 5
@@ -1172,7 +1370,7 @@ def make_files(label, count, path, write, device):
         if rank() == 0:
             took = time.perf_counter() - start
             left = time.strftime("%H:%M:%S", time.gmtime(took / max(finished, 1) * (len(tasks) - finished)))
-            print(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {left} left", flush=True)
+            say(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {left} left")
 
 
 # --- kNN monitor -----------------------------------------------------------------------------------------------------
@@ -1238,7 +1436,7 @@ class Parser(argparse.ArgumentParser):
         if demo:
             add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
             add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
-            add("--size", type=number(int, 32), help="side of a view in pixels, 32 or more: the network's stride")
+            add("--size", type=number(int, 32, 8192), help="side of a view in pixels, 32 or more: the network's stride")
             add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
             add("--compile", action="store_true", help="torch.compile the model")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
@@ -1246,12 +1444,14 @@ class Parser(argparse.ArgumentParser):
         add("--epochs", type=count, help="passes over the data")
         add("--batch-size", type=number(int, 2), help="images a step, over all processes")
         add("--lr", type=number(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
-        add("--workers", type=number(int, 0),
+        add("--workers", type=number(int, 0, 256),
             help="loader processes of each process (default: its cores, 16 at most; 0 without a GPU)")
-        add("--seed", type=number(int, 0), default=0, help="of every random draw (default: 0)")
+        add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of every random draw (default: 0)")
         add("--max-steps", type=count, help="stop early, with a checkpoint (default: no)")
         add("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
         add("--print-every", type=count, help="steps between lines of the log")
+        add("--max-pixels", type=number(int, 1), default=ImageFolder.max_pixels,
+            help="an image with more counts as one that cannot be decoded (default: %(default)s)")
         add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on a GPU that has it, Ampere and later)")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
@@ -1268,6 +1468,10 @@ class Parser(argparse.ArgumentParser):
     def parse(self, variant=lambda args: {}):
         """The arguments, every default filled in: from `variant(args)`, else `demo` without --data, else `paper`."""
         args = self.parse_args()
+        for name, value in vars(args).items():
+            if "" in (value if isinstance(value, list) else [value]):
+                fail(f"--{name.replace('_', '-')} is empty")
+        ImageFolder.max_pixels = args.max_pixels
         for name, value in {**self.paper, **(self.demo if args.data is None else {}), **variant(args)}.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
@@ -1282,11 +1486,11 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from low to high."""
+def number(kind, low, high=1e9):
+    """An argparse type: an int or float from low to high, which is no bound but of reason when none is given."""
     def parse(text):
-        if not low <= kind(text) <= high or kind(text) == math.inf:  # nan is in no range
-            raise argparse.ArgumentTypeError(f"{text} must be " + (f"at least {low}" if high == math.inf
+        if not low <= kind(text) <= high:  # nan is in no range
+            raise argparse.ArgumentTypeError(f"{text} must be " + (f"at least {low}" if kind(text) < low and high == 1e9
                                                                    else f"from {low} to {high:g}"))
         return kind(text)
     parse.__name__ = kind.__name__

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import yaml
 
 import soco
 from conftest import ROOT
-from transfer import train_net
+from transfer import convert, train_net
 
 FOLDER = ROOT / "transfer" / "configs"
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
@@ -84,7 +85,7 @@ def test_every_key_is_one_of_detectron2s_and_has_its_type(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_repeats_what_its_base_or_detectron2_says(name):
-    above = {**known(name), **(resolved(base(name)) if base(name) else {})}
+    above = {**known(name), **(resolved(base(name)) if base(name) else {"VERSION": 1})}  # without one Detectron2 guesses
     assert [key for key, value in flat(FILES[name]).items() if above.get(key, "missing") == value] == []
 
 
@@ -276,3 +277,70 @@ def test_without_detectron2_train_net_says_so_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Detectron2 cannot be imported (not today)" in done.stderr
+
+
+# --- train_net.py with stand-ins for Detectron2 ----------------------------------------------------------------------
+
+def config(weights="", head="StandardROIHeads", convolutions=0, train=("photos",)):
+    """As much of a Detectron2 configuration as the checks look at."""
+    model = SimpleNamespace(WEIGHTS=str(weights), ROI_HEADS=SimpleNamespace(NAME=head),
+                            ROI_BOX_HEAD=SimpleNamespace(NUM_CONV=convolutions))
+    return SimpleNamespace(MODEL=model, DATASETS=SimpleNamespace(TRAIN=train, TEST=()))
+
+
+def refused(capsys, function, *args):
+    """The one line with which function(*args) ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1
+    return line
+
+
+def test_a_data_set_that_is_not_there_is_named_before_anything_is_built(tmp_path, capsys, monkeypatch):
+    metadata = {"json_file": str(tmp_path / "notes.json"), "image_root": str(tmp_path)}
+    monkeypatch.setattr(train_net, "MetadataCatalog", {"photos": metadata}, raising=False)
+    line = refused(capsys, train_net.check_data, config())
+    assert "notes.json is missing" in line and "DETECTRON2_DATASETS" in line
+    (tmp_path / "notes.json").touch()
+    train_net.check_data(config())
+
+
+def test_socos_box_head_is_refused_where_its_convolutions_have_no_place(tmp_path, capsys):
+    soco_pkl, moco_pkl = tmp_path / "soco.pkl", tmp_path / "moco.pkl"
+    convert.write(soco_pkl, {"roi_heads.box_head.conv1.weight": torch.ones(2), "roi_heads.box_head.fc1.weight": torch.ones(2)},
+                  "detectron2")
+    convert.write(moco_pkl, {"stem.conv1.weight": torch.ones(2)}, "detectron2")
+    assert "soco-fpn-*" in refused(capsys, train_net.check_weights, config(soco_pkl))
+    for fits in (config(soco_pkl, convolutions=4), config(soco_pkl, head="Res5NormROIHeads"), config(moco_pkl), config()):
+        train_net.check_weights(fits)
+
+
+def test_weights_that_fill_nothing_of_the_backbone_are_refused(capsys):
+    model = torch.nn.ModuleDict({"backbone": torch.nn.Conv2d(3, 4, 1), "head": torch.nn.Conv2d(4, 4, 1)})
+
+    def fill(part):
+        with train_net.filling(model, "runs/moco/last.pt"):
+            torch.nn.init.zeros_(model[part].weight)
+    assert "convert.py" in refused(capsys, fill, "head")
+    fill("backbone")
+    with train_net.filling(model, ""):
+        pass                                                                # from nothing, if that is asked for
+
+
+def test_lvis_and_cityscapes_find_the_names_that_they_want():
+    code = """if True:
+        import sys, types
+        sys.path.insert(0, sys.argv[1])
+        sys.modules["cityscapesscripts"] = types.ModuleType("cityscapesscripts")
+        from transfer import train_net
+        train_net.mend_evaluators()
+        import json
+        import numpy as np
+        from deeplearning.projects.cityscapesApi import cityscapesscripts
+        assert np.ones(2).astype(np.float).dtype == np.float64
+        assert np.in1d([[1, 2], [3, 4]], [2, 3], invert=True).tolist() in ([True, False, False, True], [[True, False], [False, True]])
+        assert json.dumps(np.count_nonzero(np.eye(3))) == "3" and np.count_nonzero(np.eye(3), axis=0).tolist() == [1, 1, 1]
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -158,7 +158,8 @@ def detectron2_settings(arch):
         return f"none, Detectron2 has no {arch}"
     groups, width = (network.groups, network.base_width) if network.groups > 1 else (1, stem)
     return (f"MODEL.RESNETS.DEPTH {depth} MODEL.RESNETS.STEM_OUT_CHANNELS {stem} MODEL.RESNETS.NUM_GROUPS {groups} "
-            f"MODEL.RESNETS.WIDTH_PER_GROUP {width} MODEL.RESNETS.RES2_OUT_CHANNELS {network.channels[0]}")
+            f"MODEL.RESNETS.WIDTH_PER_GROUP {width} MODEL.RESNETS.RES2_OUT_CHANNELS {network.channels[0]}"
+            f"{' (not for C4)' if depth < 50 else ''}")
 
 
 def main():

@@ -10,7 +10,12 @@ set. Writes to OUTPUT_DIR; the same command with --resume goes on, with --eval-o
 import hashlib
 import re
 import sys
+import types
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -63,6 +68,59 @@ def register_subset(name):
     DatasetCatalog.register(name, lambda: draw(DatasetCatalog.get(whole), percent, seed))
     metadata = MetadataCatalog.get(whole).as_dict()
     MetadataCatalog.get(name).set(**{key: value for key, value in metadata.items() if key != "name"})
+
+
+def check_data(cfg):
+    """Exit with 2 when a data set's files are not there."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        for kind in ("json_file", "image_root", "dirname", "image_dir", "gt_dir"):
+            path = metadata.get(kind, None)
+            if path and not Path(path).exists():
+                common.fail(f"{name}: {path} is missing; DETECTRON2_DATASETS names the folder of all data sets")
+
+
+def mend_evaluators():
+    """Names that the packages which read or judge a data set use, and that are gone."""
+    # lvis 0.5.3 uses np.float, gone since NumPy 1.24; cityscapesscripts 2.3.0 np.in1d, gone since NumPy 2.4.
+    for name, instead in {"float": float, "in1d": np.isin}.items():
+        if name not in np.__dict__:
+            setattr(np, name, instead)
+    # cityscapesscripts writes counts as JSON, which NumPy's integers are not: what they are since NumPy 2.4.
+    if isinstance(np.count_nonzero(np.ones(1)), np.integer):
+        count = np.count_nonzero
+        np.count_nonzero = lambda x, axis=None, **options: (int if axis is None else np.asarray)(count(x, axis, **options))
+    # Detectron2 of 2025 and 2026 imports cityscapesscripts by the place that it has at Meta.
+    try:
+        import cityscapesscripts
+    except ImportError:
+        return
+    folders = ["deeplearning", "deeplearning.projects", "deeplearning.projects.cityscapesApi"]
+    for name in folders:
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules.setdefault(f"{folders[-1]}.cityscapesscripts", cityscapesscripts)
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+def check_weights(cfg):
+    """Exit with 2 when MODEL.WEIGHTS holds SoCo's box head and the configuration has another, into which its linear layer
+    would go without the convolutions before it."""
+    path = Path(cfg.MODEL.WEIGHTS)
+    plain_head = cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads" and cfg.MODEL.ROI_BOX_HEAD.NUM_CONV == 0
+    if plain_head and path.is_file() and b"box_head.conv1.weight" in path.read_bytes():
+        common.fail(f"{path} has SoCo's box head: take configs/soco-fpn-*, or MODEL.ROI_BOX_HEAD.NUM_CONV 4 "
+                    "MODEL.ROI_BOX_HEAD.NUM_FC 1 MODEL.ROI_BOX_HEAD.NORM SyncBN")
+
+
+@contextmanager
+def filling(model, weights):
+    """Exits with 2 when the backbone is afterwards as it was: names that it does not know are no error to Detectron2."""
+    tensors = {name: x for name, x in model.state_dict().items() if "backbone" in name and x.ndim == 4}
+    before = {name: x.clone() for name, x in tensors.items()}
+    yield
+    if weights and all(torch.equal(before[name], x) for name, x in tensors.items()):
+        common.fail(f"{weights} has nothing for the backbone: write what it has as a .pkl with transfer/convert.py")
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
@@ -150,13 +208,18 @@ def main(args):
     for name in cfg.DATASETS.TRAIN:
         register_subset(name)
     cfg.freeze()
+    check_data(cfg)
+    check_weights(cfg)
+    mend_evaluators()
     default_setup(cfg, args)
     if args.eval_only:
         model = trainer_class.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        with filling(model, cfg.MODEL.WEIGHTS):
+            DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return trainer_class.test(cfg, model)
     trainer = trainer_class(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    with filling(trainer.checkpointer.model, cfg.MODEL.WEIGHTS):
+        trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
