@@ -1,7 +1,7 @@
 """What all five methods need and none of the papers is about.
 
-In this order: how a program ends, distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and momentum,
-LARS and schedules, photometric augmentation, images and sampler, checkpoints, log, kNN monitor, command line.
+In this order: how a program ends, distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and
+momentum, LARS and schedules, photometric augmentation, images and sampler, checkpoints, log, kNN monitor, command line.
 
 Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
 uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalised floats.
@@ -18,6 +18,7 @@ import re
 import signal
 import struct
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -60,11 +61,11 @@ def say(*words, sep=" "):
 
 
 class Stop:
-    """What SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP ask for: to end where nothing is lost, with exit code 128 + signal.
+    """What SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP ask for: to end where nothing is lost; exit code 128 + signal.
 
-    While it is `.holding`, in the loop of a run, a signal is only noted in `.signal`, and `Run.until_stopped` ends the run
-    after the step; elsewhere the program ends where it stands, as what it has finished is on disk. A second signal ends it at
-    once. Within 3 seconds it is taken for the first one's echo: torchrun sends on what all its processes have got already.
+    While it is `.holding`, in the loop of a run, a signal is only noted in `.signal`, and `Run.until_stopped` ends the
+    run after the step. Elsewhere the program ends where it stands: what it has finished is on disk. A second signal
+    ends it at once, but for 3 seconds it is taken for an echo: torchrun sends on what its processes have got already.
     """
 
     def __init__(self):
@@ -76,7 +77,7 @@ class Stop:
                 signal.signal(number, self.receive)
         os.register_at_fork(after_in_child=deaf)
         atexit.register(end_children)
-        sys.excepthook = explain
+        sys.excepthook, threading.excepthook = explain, explain_thread
 
     def receive(self, number, frame):
         again = self.signal
@@ -92,8 +93,11 @@ class Stop:
             sys.exit(128 + number)
 
     def agreed(self):
-        """The signal that any process had got when all last asked, the same in all of them, or 0. To be asked once a step, by
-        all: the answer travels during the next step, between the hosts, and no device is waited for."""
+        """The signal that any process had got when all last asked, the same in all of them, or 0.
+
+        To be asked by all, once a step: the answer travels between the hosts during the next one, and no device is
+        waited for.
+        """
         if world_size() == 1:
             return self.signal
         answer = self.settle()
@@ -115,7 +119,7 @@ stop = Stop()
 
 
 def deaf(worker=None):
-    """In a child: leave what a terminal or a cluster sends to all processes to the parent; a loader's worker SIGTERM too."""
+    """In a child: leave to the parent what a terminal or a cluster sends to all; in a loader's worker SIGTERM too."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if worker is None else signal.SIG_IGN)
@@ -129,7 +133,7 @@ def end_children():
 
 
 def explain(kind, error, trace):
-    """sys.excepthook: one line instead of a traceback when the machine is at fault, or the settings ask too much of it."""
+    """sys.excepthook: one line, no traceback, when the machine is at fault, or the settings ask too much of it."""
     text, chain = str(error).strip() or kind.__name__, [error]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
@@ -138,17 +142,23 @@ def explain(kind, error, trace):
     if stop.signal:  # with others of the run gone, anything may go wrong
         line = f"ended by {signal.Signals(stop.signal).name}: the same command goes on from the last checkpoint"
     elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|llocate|Storage size", text):
-        fail(f"out of memory: lower {'--batch-size, --size or --workers' if stop.holding else '--queue, --dim, --arch or --size'} "
-             f"({line})", everywhere=True)
+        flags = "--batch-size, --size or --workers" if stop.holding else "--queue, --dim, --arch or --size"
+        fail(f"out of memory: lower {flags} ({line})", everywhere=True)
     elif "DataLoader worker" in text:
         line += "; if memory or shared memory (/dev/shm) is short, lower --workers"
     elif fault:
-        line = f"{fault.filename or 'a file'}: {fault.strerror or fault}"
+        line = f"{fault.filename or 'cannot write'}: {fault.strerror or fault}"
     elif not (dist.is_initialized() and re.search("[Cc]onnection|remote process|Gloo|NCCL", text)):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(128 + stop.signal if stop.signal else 1)
+
+
+def explain_thread(args):
+    """threading.excepthook: TensorBoard's thread hands its OSError to the main one, which explains it."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 # --- Distributed set-up and gathering --------------------------------------------------------------------------------
@@ -172,8 +182,8 @@ def init_distributed():
 def meeting_place():
     """Where the processes of this attempt find each other, as arguments of init_process_group.
 
-    torchrun keeps one store for all its attempts, so that after a restart it still holds the addresses of the dead. Process 0
-    therefore opens one that ends with itself and tells the others its port; who finds a dead one's port looks again.
+    torchrun keeps one store for all its attempts, so that after a restart it still holds the addresses of the dead.
+    Process 0 therefore opens one that ends with itself and tells the others its port; a dead port is looked up again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -1114,8 +1124,8 @@ LOCKED = []  # open files: a lock ends when its file is closed
 def lock(folder):
     """Keep other runs out of a folder until this process, number 0 of its run, ends.
 
-    A record lock: it ends with its process, however that ends, is not left to workers, and works on NFS. Exits with 2 when
-    another run is at work; one that was killed may take a few seconds to die.
+    A record lock: it ends with its process, however that ends, is not left to workers, and works on NFS. Exits with 2
+    when another run is at work; one that was killed may take a few seconds to die.
     """
     if rank() > 0:
         return
@@ -1225,8 +1235,8 @@ class Run:
         return self.until_stopped()
 
     def until_stopped(self):
-        """Every batch of the loader. After a signal: ends the program when the step is done and saved, in all processes after
-        the same step."""
+        """Every batch of the loader. After a signal ends the program when the step is done and saved, in all processes
+        after the same step."""
         stop.holding = True
         try:
             for batch in self.loader:
@@ -1236,7 +1246,7 @@ class Run:
                     self.save()
                     barrier()  # torchrun ends the others as soon as one is gone
                     if rank() == 0:
-                        say(f"stopped by {signal.Signals(number).name} after step {self.step} of {self.total}, which is saved: "
+                        say(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of {self.total}: "
                             "the same command goes on")
                     finish()
                     sys.exit(128 + number)
@@ -1490,8 +1500,8 @@ def number(kind, low, high=1e9):
     """An argparse type: an int or float from low to high, which is no bound but of reason when none is given."""
     def parse(text):
         if not low <= kind(text) <= high:  # nan is in no range
-            raise argparse.ArgumentTypeError(f"{text} must be " + (f"at least {low}" if kind(text) < low and high == 1e9
-                                                                   else f"from {low} to {high:g}"))
+            bounds = f"at least {low}" if kind(text) < low else f"from {low} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return kind(text)
     parse.__name__ = kind.__name__
     return parse

@@ -1,14 +1,15 @@
-"""What a cluster, a folder or a hand at the keyboard does to a run, many times over, and how it ended. Not run by pytest.
+"""What a cluster, a folder or a hand at the keyboard does to a run, many times over, and how it ended. Not for pytest.
 
-    python tests/attack.py                              everything, with the counts of `COUNTS`
-    python tests/attack.py kills signals --count 10     SIGKILL, or a signal, at a random moment of a run of the five methods
-                                                        and detect.py, which is started again until it has ended
-    python tests/attack.py restarts                     SIGKILL of a process under torchrun's agent with restarts, one node or two
-    python tests/attack.py files                        damaged image files
-    python tests/attack.py commands                     wrong command lines
+    python tests/attack.py                            everything, with the counts of `COUNTS`
+    python tests/attack.py kills signals --count 10   SIGKILL, or a signal, at random moments of a run of a method or
+                                                      detect.py, which is started again until it has ended
+    python tests/attack.py restarts                   SIGKILL of a process under torchrun's agent, one node or two
+    python tests/attack.py files                      damaged image files
+    python tests/attack.py commands                   wrong command lines
 
-A run is good when it ends with exit code 0 and the weights and log of one that nobody disturbed, without a traceback and with
-no temporary file left. Prints what was not good, and a table. Every run is a fork of this process, which has torch at hand.
+A run is good when it ends with exit code 0 and the weights and log of one that nobody disturbed, without a traceback
+and with no temporary file left. Prints what was not good, and a table. Every run is a fork of this process, which has
+torch at hand.
 """
 import argparse
 import atexit
@@ -41,8 +42,8 @@ SMALL = ["--arch", "resnet18w0.25", "--epochs", "4", "--save-every", "2", "--pri
 TINY = [*SMALL, "--data", "pictures", "--size", "32", "--batch-size", "16"]
 RUNS = {"moco.py": [*TINY, "--queue", "64", "--knn", "pictures"], "detco.py": [*TINY, "--queue", "64"],
         "dupr.py": [*TINY, "--queue", "64"], "soco.py": TINY, "detcon.py": TINY,
-        "transfer/detect.py": [*SMALL, "--init", "random", "--train", "scenes/images", "scenes/notes.json", "--size", "64", "64",
-                               "--rois", "16", "--batch-size", "4"]}
+        "transfer/detect.py": [*SMALL, "--init", "random", "--train", "scenes/images", "scenes/notes.json",
+                               "--size", "64", "64", "--rois", "16", "--batch-size", "4"]}
 
 
 def script(name, argv):
@@ -125,7 +126,7 @@ def references():
 
 
 def disturbed(count, rng, numbers):
-    """Runs that get one of the signals `numbers` at random moments, SIGKILL alone or with their workers -> what became of each."""
+    """Runs that get one of the signals `numbers` at random moments, the main process alone or its whole group."""
     found = references()
     for k in range(count):
         name = list(RUNS)[k % len(RUNS)]
@@ -155,7 +156,8 @@ def signals(count, rng):
 def agent(port, nodes, argv):
     """What torchrun does on one of the nodes."""
     config = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=2 // nodes, run_id="attack", max_restarts=3,
-                          rdzv_backend="c10d", rdzv_endpoint=f"localhost:{port}", start_method="fork", monitor_interval=0.1)
+                          rdzv_backend="c10d", rdzv_endpoint=f"localhost:{port}", start_method="fork",
+                          monitor_interval=0.1)
     elastic_launch(config, script)("moco.py", argv)
     os._exit(0)
 
@@ -181,7 +183,7 @@ def restarts(count, rng):
             os.kill(rng.choice(victims), signal.SIGKILL)
         codes = [end(pid) for pid in agents]
         what = judged(out, f"{out}-0.log", max(codes, key=lambda code: code != 0), reference)
-        yield f"{nodes} nodes {codes}", "good" if what == "a traceback" else what  # which the agent writes of the one it lost
+        yield f"{nodes} nodes {codes}", "good" if what == "a traceback" else what  # the agent's, of the one it lost
 
 
 def parent(pid):
@@ -202,7 +204,8 @@ def damage(data, rng):
         return data
     if kind == 2:  # a size, or anything else in the header, beyond reason
         start = rng.randrange(min(64, len(data) - 4))
-        data[start:start + 4] = struct.pack(rng.choice("<>") + "I", rng.choice([0, 2 ** 16, 2 ** 31 - 1, 2 ** 32 - 1, 10 ** 5]))
+        side = rng.choice([0, 10 ** 5, 2 ** 16, 2 ** 31 - 1, 2 ** 32 - 1])
+        data[start:start + 4] = struct.pack(rng.choice("<>") + "I", side)
         return data
     for _ in range(1 if kind == 3 else 50):
         data[rng.randrange(len(data))] = rng.randrange(256)
@@ -211,8 +214,8 @@ def damage(data, rng):
 
 def files(count, rng):
     photo, sound = Image.fromarray(common.Shapes(1, 96, 0).scene(0)[0]), []
-    for suffix, mode in [(".jpg", "RGB"), (".jpg", "CMYK"), (".png", "RGB"), (".png", "P"), (".png", "I;16"), (".webp", "RGB"),
-                         (".bmp", "RGB"), (".tif", "RGB"), (".tif", "L")]:
+    for suffix, mode in [(".jpg", "RGB"), (".jpg", "CMYK"), (".png", "RGB"), (".png", "P"), (".png", "I;16"),
+                         (".webp", "RGB"), (".bmp", "RGB"), (".tif", "RGB"), (".tif", "L")]:
         file = io.BytesIO()
         photo.convert("L" if mode == "I;16" else mode).convert(mode).save(file, Image.registered_extensions()[suffix])
         sound.append((suffix, file.getvalue()))
@@ -238,15 +241,17 @@ def commands(count, rng):
     for name in RUNS:
         end(fork(f"{Path(name).stem}.help", script, name, ["--help"]))
         flags[name] = sorted(set(re.findall(r"--[a-z][a-z-]+", Path(f"{Path(name).stem}.help").read_text())))
-    wrong = ["", "-1", "0", "nan", "inf", "1e400", "x", "99999999999999", "/nowhere", "resnet18w99999", "é", "--", "1 2"]
+    wrong = ["", "-1", "0", "nan", "inf", "1e400", "x", "99999999999999", "/nowhere", "resnet18w99999", "é", "1 2"]
     for k in range(count):
         name = rng.choice(list(RUNS))
         flag, value, log = rng.choice(flags[name]), rng.choice(wrong), f"command-{k}.log"
-        code = end(fork(log, script, name, [*RUNS[name], "--max-steps", "1", "--out", f"out-{k}", "--workers", "0", flag, value]))
+        argv = [*RUNS[name], "--max-steps", "1", "--out", f"out-{k}", "--workers", "0", flag, value]
+        code = end(fork(log, script, name, argv))
         said = Path(log).read_text()
         one_line = len([line for line in said.splitlines() if "error:" in line]) == 1
         good = code == 0 or code == 2 and one_line
-        yield f"{name} {flag} {value!r}: {said[-300:]}", "good" if good and "Traceback" not in said else f"exit code {code}"
+        good = good and "Traceback" not in said
+        yield f"{name} {flag} {value!r}: {said[-300:]}", "good" if good else f"exit code {code}"
 
 
 def main():

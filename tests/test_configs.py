@@ -85,7 +85,7 @@ def test_every_key_is_one_of_detectron2s_and_has_its_type(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_repeats_what_its_base_or_detectron2_says(name):
-    above = {**known(name), **(resolved(base(name)) if base(name) else {"VERSION": 1})}  # without one Detectron2 guesses
+    above = {**known(name), **(resolved(base(name)) if base(name) else {"VERSION": 1})}  # not said, it is guessed
     assert [key for key, value in flat(FILES[name]).items() if above.get(key, "missing") == value] == []
 
 
@@ -308,11 +308,11 @@ def test_a_data_set_that_is_not_there_is_named_before_anything_is_built(tmp_path
 
 def test_socos_box_head_is_refused_where_its_convolutions_have_no_place(tmp_path, capsys):
     soco_pkl, moco_pkl = tmp_path / "soco.pkl", tmp_path / "moco.pkl"
-    convert.write(soco_pkl, {"roi_heads.box_head.conv1.weight": torch.ones(2), "roi_heads.box_head.fc1.weight": torch.ones(2)},
-                  "detectron2")
+    names = ["roi_heads.box_head.conv1.weight", "roi_heads.box_head.fc1.weight"]
+    convert.write(soco_pkl, dict.fromkeys(names, torch.ones(2)), "detectron2")
     convert.write(moco_pkl, {"stem.conv1.weight": torch.ones(2)}, "detectron2")
     assert "soco-fpn-*" in refused(capsys, train_net.check_weights, config(soco_pkl))
-    for fits in (config(soco_pkl, convolutions=4), config(soco_pkl, head="Res5NormROIHeads"), config(moco_pkl), config()):
+    for fits in (config(soco_pkl, convolutions=4), config(soco_pkl, "Res5NormROIHeads"), config(moco_pkl), config()):
         train_net.check_weights(fits)
 
 
@@ -339,8 +339,9 @@ def test_lvis_and_cityscapes_find_the_names_that_they_want():
         import numpy as np
         from deeplearning.projects.cityscapesApi import cityscapesscripts
         assert np.ones(2).astype(np.float).dtype == np.float64
-        assert np.in1d([[1, 2], [3, 4]], [2, 3], invert=True).tolist() in ([True, False, False, True], [[True, False], [False, True]])
-        assert json.dumps(np.count_nonzero(np.eye(3))) == "3" and np.count_nonzero(np.eye(3), axis=0).tolist() == [1, 1, 1]
+        assert np.in1d([[1, 2], [3, 4]], [2, 3], invert=True).reshape(2, 2).tolist() == [[True, False], [False, True]]
+        assert json.dumps(np.count_nonzero(np.eye(3))) == "3"
+        assert np.count_nonzero(np.eye(3), axis=0).tolist() == [1, 1, 1]
     """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -89,7 +89,8 @@ def mend_evaluators():
     # cityscapesscripts writes counts as JSON, which NumPy's integers are not: what they are since NumPy 2.4.
     if isinstance(np.count_nonzero(np.ones(1)), np.integer):
         count = np.count_nonzero
-        np.count_nonzero = lambda x, axis=None, **options: (int if axis is None else np.asarray)(count(x, axis, **options))
+        plain = lambda x, axis: int(x) if axis is None else x
+        np.count_nonzero = lambda x, axis=None, **options: plain(count(x, axis, **options), axis)
     # Detectron2 of 2025 and 2026 imports cityscapesscripts by the place that it has at Meta.
     try:
         import cityscapesscripts
@@ -104,8 +105,8 @@ def mend_evaluators():
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 def check_weights(cfg):
-    """Exit with 2 when MODEL.WEIGHTS holds SoCo's box head and the configuration has another, into which its linear layer
-    would go without the convolutions before it."""
+    """Exit with 2 when MODEL.WEIGHTS holds SoCo's box head and the configuration has another, into which its linear
+    layer would go without the convolutions before it."""
     path = Path(cfg.MODEL.WEIGHTS)
     plain_head = cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads" and cfg.MODEL.ROI_BOX_HEAD.NUM_CONV == 0
     if plain_head and path.is_file() and b"box_head.conv1.weight" in path.read_bytes():
@@ -115,7 +116,7 @@ def check_weights(cfg):
 
 @contextmanager
 def filling(model, weights):
-    """Exits with 2 when the backbone is afterwards as it was: names that it does not know are no error to Detectron2."""
+    """Exits with 2 when the backbone is afterwards as it was: names that it does not know, Detectron2 passes over."""
     tensors = {name: x for name, x in model.state_dict().items() if "backbone" in name and x.ndim == 4}
     before = {name: x.clone() for name, x in tensors.items()}
     yield

@@ -1,0 +1,169 @@
+"""What a cluster, a disk and a folder do to a run. `attack.py` does it at random, and many times."""
+import errno
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import common
+from conftest import ROOT, in_processes, rows, weights, without_speed, write_pictures
+
+TINY = ["--arch", "resnet18w0.25", "--size", "32", "--batch-size", "32", "--queue", "64", "--epochs", "30",
+        "--print-every", "1"]
+
+
+# --- Signals ---------------------------------------------------------------------------------------------------------
+
+def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_as_if_nothing_had_been(pictures, tmp_path):
+    def start(out, *more):
+        places = ["--data", str(pictures), "--out", str(tmp_path / out)]
+        return subprocess.Popen([sys.executable, "-u", str(ROOT / "moco.py"), *places, *TINY, *more], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    stopped = start("stopped", "--workers", "2")
+    lines = [stopped.stdout.readline() for _ in range(3)]
+    os.killpg(stopped.pid, signal.SIGTERM)                                   # as a cluster: workers and all
+    said = stopped.communicate(timeout=120)[0]
+    step = rows(tmp_path / "stopped")[-1]["step"]
+    assert stopped.returncode == 128 + signal.SIGTERM and len(lines) == 3 and step < 90
+    assert said.splitlines()[-1] == f"stopped by SIGTERM, saved after step {step} of 90: the same command goes on"
+    assert "Traceback" not in said
+    for out in ("stopped", "whole"):
+        process = start(out, "--max-steps", str(step + 2))
+        assert "" != process.communicate(timeout=120)[0] and process.returncode == 0
+    assert without_speed(rows(tmp_path / "stopped")) == without_speed(rows(tmp_path / "whole"))
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
+
+
+def stops(signaled):
+    """The step at which a process stops when that one gets a signal in step 3."""
+    stop = common.Stop()
+    for step in range(1, 10):
+        if step == 3 and common.rank() == signaled:
+            stop.signal = 15
+        if stop.agreed():
+            return step
+
+
+def test_all_processes_stop_at_the_same_step_when_one_is_asked_to():
+    assert in_processes(3, stops, 1) == [4, 4, 4] and stops(0) == 3
+
+
+@pytest.mark.parametrize("holding, later, end", [(False, 0, SystemExit), (True, 1, None), (True, 5, "at once")])
+def test_a_second_signal_ends_a_run_at_once_unless_it_is_an_echo(monkeypatch, holding, later, end):
+    stop, clock, ended = common.Stop(), [100.0], []
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common.os, "_exit", ended.append)
+    stop.holding = holding
+    if end is SystemExit:
+        with pytest.raises(SystemExit) as stopped:
+            stop.receive(signal.SIGINT, None)
+        assert stopped.value.code == 130
+        return
+    stop.receive(signal.SIGTERM, None)
+    clock[0] += later
+    stop.receive(signal.SIGTERM, None)
+    assert ended == ([143] if end else []) and stop.signal == signal.SIGTERM
+
+
+# --- Restarts, and two runs in one folder ----------------------------------------------------------------------------
+
+def meet(rank, port, results):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      TORCHELASTIC_USE_AGENT_STORE="True")
+    common.init_distributed()
+    results[rank] = common.all_gather(torch.tensor([rank])).tolist()
+    common.finish()
+
+
+def test_processes_meet_although_the_launchers_store_holds_what_the_dead_have_left():
+    launcher = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for key in ("port", "default_pg/0//0//cpu//0", "default_pg/0//0//cpu//1"):
+        launcher.set(key, "1")                                               # nobody listens there
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(meet, (launcher.port, results), nprocs=2)
+        assert dict(results) == {0: [0, 1], 1: [0, 1]}
+
+
+def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path, monkeypatch, capsys):
+    hold = ("import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(99)")
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as stop:
+        common.lock(tmp_path)
+    assert stop.value.code == 2 and "another run is at work" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    common.lock(tmp_path)
+
+
+# --- Disks -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
+@pytest.mark.parametrize("write", [lambda file: file.write(bytes(10 ** 6)),
+                                   lambda file: torch.save(torch.zeros(10 ** 6), file)])
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, write):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+    Path(f"{path}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError) as full:
+        with common.whole(path) as file:
+            write(file)
+    assert full.value.errno == errno.ENOSPC and full.value.filename == str(path)
+    assert os.listdir(tmp_path) == ["last.pt"] and path.read_text() == "old"
+
+
+@pytest.mark.parametrize("error, code, says", [
+    (OSError(errno.ENOSPC, "No space left on device", "out/last.pt"), 1, "out/last.pt: No space left on device"),
+    (MemoryError(), 2, "out of memory: lower --queue"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), 2, "out of memory: lower"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory: lower"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "lower --workers")])
+def test_what_the_machine_lacks_is_one_line(capsys, error, code, says):
+    with pytest.raises(SystemExit) as stop:
+        common.explain(type(error), error, None)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and says in err and err.count("\n") == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.explain(ValueError, ValueError("a fault"), None)
+    assert stop.value.code == 1 and "ValueError: a fault" in capsys.readouterr().err
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    source, failures = common.ImageFolder(write_pictures(tmp_path, 1)), [errno.EIO, errno.ESTALE, errno.ENOENT]
+    read, slept = Path.read_bytes, []
+
+    def moody(path):
+        if failures:
+            raise OSError(failures.pop(), "for a moment")
+        return read(path)
+    monkeypatch.setattr(Path, "read_bytes", moody)
+    monkeypatch.setattr(common.time, "sleep", slept.append)
+    assert source.photo(0).decode().size == (40, 40) and slept == list(common.PAUSES)
+    failures += [errno.EIO] * 4
+    with pytest.raises(common.Unreadable):
+        source.photo(0)
+
+
+@pytest.mark.parametrize("name, header", [
+    ("a.png", b"P6 50000 50000 255\n"),
+    ("a.bmp", b"BM" + bytes(8) + struct.pack("<IIIIHH", 54, 40, 50000, 50000, 1, 24) + bytes(24))])
+def test_a_header_of_gigapixels_counts_as_undecodable_before_anything_is_decoded(tmp_path, monkeypatch, name, header):
+    (tmp_path / name).write_bytes(header)
+    source = common.ImageFolder(tmp_path)
+    with pytest.raises(common.Unreadable, match="--max-pixels"):
+        source.photo(0)
+    monkeypatch.setattr(common.ImageFolder, "max_pixels", 10 ** 10)
+    assert source.photo(0).size == (50000, 50000)                            # the limit alone stood in its way
