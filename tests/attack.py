@@ -82,7 +82,7 @@ def fork(log, function, *args):
     os._exit(1)
 
 
-def end(pid, timeout=300):
+def end(pid, timeout=900):
     """Wait for a process -> its exit code, minus the signal that killed it, or "hung"."""
     late = time.monotonic() + timeout
     while time.monotonic() < late:
@@ -172,7 +172,8 @@ def torchrun(out, nodes):
 
 def restarts(count, rng):
     start = time.monotonic()
-    codes = [end(pid) for pid in torchrun("reference", 1)]
+    if any([end(pid) for pid in torchrun("reference", 1)]):
+        sys.exit(f"two processes do not run: see {Path('reference-0.log').resolve()}")
     took, reference = time.monotonic() - start, result("reference")
     for k in range(count):
         nodes, out = 1 + k % 2, f"run-{k}"
