@@ -96,7 +96,8 @@ class Encoder(nn.Module):
 
     def forward(self, x, box, flip):
         """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level, and r, [N, S*S, dim] of each patch level:
-        patch p is the same place in both views. S is roi_size, or the level's own: 7 for conv5, 14 for conv4 at 224 (Sec. 4.5.3)."""
+        patch p is the same place in both views. S is roi_size, or the level's own: 7 for conv5, 14 for conv4 at 224
+        (Sec. 4.5.3)."""
         f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
         r = []
@@ -109,9 +110,12 @@ class Encoder(nn.Module):
 
 
 class DUPR(nn.Module):
-    """The pretext task. alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); what has weight 0
-    costs nothing. patch_keys: patches a level that go into its queue in a step, of the global batch ("we sample 32 patch features
-    per batch"), so that one process trains as eight do. bn_splits: BN groups of one process."""
+    """The pretext task.
+
+    alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); what has weight 0 costs nothing.
+    patch_keys: patches of the global batch that a level's queue takes in a step ("we sample 32 patch features per batch",
+    Sec. 3.2.3), so that one process trains as eight do. roi_size: S of all levels. bn_splits: BN groups of one process.
+    """
 
     def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32, momentum=0.999,
                  temperature=0.15, dim=128, bn_splits=1, roi_size=None):
@@ -216,8 +220,10 @@ class InfoNCEInParts(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
-    """views.png: both views of a few images, their intersection and the S x S grid in it, conv5's (7 x 7 at 224) or --roi-size:
-    one number, one spot of the scene."""
+    """views.png: both views of a few images, their intersection and the S x S grid in it: one number, one spot of the scene.
+
+    S is --roi-size, or conv5's own: 7 at 224.
+    """
     columns = []
     for name in "qk":
         views = (common.denormalised(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
@@ -249,7 +255,7 @@ def arguments():
     add("--augment-magnitude", type=common.number(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
     add("--roi-size", type=common.number(int, 1), help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
     add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
-    add("--patch-keys", type=common.number(int, 1), help="patches a level that go into its queue in a step, of the global batch")
+    add("--patch-keys", type=common.number(int, 1), help="patches of the global batch that a level's queue takes in a step")
     add("--momentum", type=common.number(float, 0, 1), help="of the key network")
     add("--temperature", type=common.number(float, 1e-3), help="tau; 0.2 with --augment moco")
     add("--dim", type=common.number(int, 1), help="length of a query or key")
@@ -274,7 +280,8 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "dupr", model, optimizer)
-    views = partial(two_views, size=args.size, min_area=args.min_area, augment=args.augment, magnitude=args.augment_magnitude)
+    views = partial(two_views, size=args.size, min_area=args.min_area, augment=args.augment,
+                    magnitude=args.augment_magnitude)
     batches = run.batches(views, device)
     ddp = common.parallel(model, device, args.compile)
 

@@ -1,7 +1,7 @@
 """What the project costs, each figure beside what it is compared with, in one run.
 
     python tests/benchmark.py                      everything that this machine can do
-    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks pooling family overlap step
+    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap step
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
     python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_iou, roi_align
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -208,7 +209,7 @@ def family_step(name):
     """Seconds and peak memory, in MB over what the model takes, of a step of MoCo v2, DetCo or DUPR."""
     arch, n, size = ("resnet50", 64, 224) if DEVICE.type == "cuda" else ("resnet18w0.5", 16, 224)
     common.seed_device(0)
-    settings = dict(arch=arch, queue=65536 if DEVICE.type == "cuda" else 4096)
+    settings = dict(arch=arch, queue=65536)
     model = {"moco": lambda: moco.MoCo(images=10**6, **settings), "detco": lambda: detco.DetCo(**settings),
              "dupr": lambda: dupr.DUPR(**settings)}[name]().to(DEVICE, memory_format=torch.channels_last)
     photo, rng = common.Photo(Image.fromarray(common.Shapes(1, 256).scene(0)[0]), 0), np.random.default_rng(0)
@@ -241,11 +242,40 @@ def measured(work):
 
 def overlap(args, folder):
     """Share of pairs of DUPR's crops that do not overlap, in images of ImageNet's usual size."""
-    rng, missed = np.random.default_rng(0), 0
-    for _ in range(20000):
-        a, b = (common.random_crop((500, 375), (0.2, 1.0), rng) for _ in range(2))
-        missed += max(a[0], b[0]) >= min(a[2], b[2]) or max(a[1], b[1]) >= min(a[3], b[3])
-    print(f"overlap: of 20000 pairs of crops {missed / 20000:.2%} do not overlap")
+    for smallest in (0.2, 0.08):
+        rng, missed = np.random.default_rng(0), 0
+        for _ in range(20000):
+            a, b = (common.random_crop((500, 375), (smallest, 1.0), rng) for _ in range(2))
+            missed += max(a[0], b[0]) >= min(a[2], b[2]) or max(a[1], b[1]) >= min(a[3], b[3])
+        print(f"overlap: of 20000 pairs of crops of {smallest} or more {missed / 20000:.2%} do not overlap")
+
+
+def checkpointed(q, k, overlap, negatives, temperature):
+    """DUPR's patch loss with all similarities of some rows kept as autograd does, and made again in the backward pass."""
+    def rows(q, k):
+        positive, others = (q * k).sum(dim=1) / temperature, q @ negatives.T / temperature
+        return torch.logaddexp(positive, others.logsumexp(dim=1)) - positive, positive > others.amax(dim=1)
+
+    parts = zip(q.flatten(0, 1).split(8192), k.flatten(0, 1).split(8192))
+    losses, hits = (torch.cat(x) for x in zip(*(checkpoint(rows, *part, use_reentrant=False) for part in parts)))
+    return losses.mean(), hits.float().mean()
+
+
+def patch_loss(how, images):
+    """Seconds and peak memory in MB of a patch loss on conv4_x, forward and backward, in the paper's queue."""
+    common.seed_device(0)
+    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, 128, device=DEVICE), dim=-1)
+    q, k, negatives = unit(images, 196).requires_grad_(), unit(images, 196), unit(65536)
+    overlap = torch.ones(images, dtype=torch.bool, device=DEVICE)
+    return measured(lambda: torch.autograd.grad(how(q, k, overlap, negatives, 0.15)[0], q))
+
+
+def patches(args, folder):
+    """DUPR's patch loss, in parts with its gradient against a checkpointed formula, at the paper's queue."""
+    images = 256 if DEVICE.type == "cuda" else 20
+    run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(patch_loss, (how, images))
+    (new, memory), (old, more) = run(dupr.patch_nce), run(checkpointed)
+    print(f"patches: {images * 196} rows, queue 65536: {new:.2f} s and {memory:.0f} MB; checkpointed {old:.2f} s and {more:.0f} MB")
 
 
 def family(args, folder):
@@ -389,13 +419,13 @@ def step(args, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks pooling family overlap step")
+    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap step")
     parser.add_argument("--images", help="folder of images for `loader`")
     parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
     parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
-    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "pooling", "family", "overlap", "step"]:
+    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "pooling", "family", "patches", "overlap", "step"]:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

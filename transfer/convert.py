@@ -110,7 +110,8 @@ def add_init(parser):
     add("--init", required=True, metavar="WHAT",
         help="last.pt of one of the five methods, torchvision's weights of a ResNet (.pth), or: random")
     add("--part", choices=PARTS, default="online", help="of last.pt: online or query, target or key (default: online)")
-    add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: last.pt's, or resnet50)")
+    add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: last.pt's, "
+                       "or resnet50)")
 
 
 def initial(args):
