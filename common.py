@@ -688,14 +688,16 @@ def decoding():
 PAUSES = 0.2, 1, 4  # seconds
 
 
-def content(path):
-    """A file's bytes, asked for again, after pauses, when a network file system fails to give them."""
+def open_image(path):
+    """An image, not decoded yet. A read that fails, as on a network file system, is tried again after pauses."""
     for pause in PAUSES:
         try:
-            return Path(path).read_bytes()
-        except OSError:
+            return Image.open(io.BytesIO(Path(path).read_bytes()))
+        except OSError as error:
+            if error.errno is None:  # Pillow's own: the bytes are there, but no image
+                raise
             time.sleep(pause)
-    return Path(path).read_bytes()
+    return Image.open(io.BytesIO(Path(path).read_bytes()))
 
 
 class Photo:
@@ -829,7 +831,7 @@ class ImageFolder:
 
     def photo(self, i):
         with decoding():
-            image = Image.open(io.BytesIO(content(self.root / self.name(i))))
+            image = open_image(self.root / self.name(i))
             if image.width * image.height > self.max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than --max-pixels {self.max_pixels}")
             return Photo(image, i)

@@ -300,7 +300,7 @@ def read_mask(photo, folder, source):
     if not path.exists():
         raise common.Unreadable(f"no mask {path}")
     with common.decoding():
-        mask = np.asarray(Image.open(path))
+        mask = np.asarray(common.open_image(path))
     if mask.dtype == np.int32 and mask.max() < 65536:
         mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit grey
     if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):

@@ -38,7 +38,7 @@ from conftest import ROOT, rows, weights, without_speed, write_pictures, write_s
 import common
 
 COUNTS = {"kills": 50, "signals": 20, "restarts": 20, "files": 1000, "commands": 300}
-SMALL = ["--arch", "resnet18w0.25", "--epochs", "4", "--save-every", "2", "--print-every", "1"]
+SMALL = ["--arch", "resnet18w0.25", "--epochs", "2", "--save-every", "2", "--print-every", "1"]
 TINY = [*SMALL, "--data", "pictures", "--size", "32", "--batch-size", "16"]
 RUNS = {"moco.py": [*TINY, "--queue", "64", "--knn", "pictures"], "detco.py": [*TINY, "--queue", "64"],
         "dupr.py": [*TINY, "--queue", "64"], "soco.py": TINY, "detcon.py": TINY,

@@ -90,8 +90,8 @@ class Labelled(common.ImageFolder):
         """The label map of a photo, uint8 [H, W]."""
         path = self.path(photo.index)
         try:
-            with common.decoding(), Image.open(path) as image:
-                label = np.asarray(image)
+            with common.decoding():
+                label = np.asarray(common.open_image(path))
         except common.Unreadable as error:
             raise BadLabel(f"{path} cannot be decoded ({error})") from error
         if label.shape != photo.size[::-1]:
