@@ -26,7 +26,9 @@ import common
 
 PAPER = dict(  # on ImageNet; lr is for batch_size
     arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, weights=[0.1, 0.4, 0.7, 1.0],
-    queue=65536, momentum=0.999, temperature=0.2, dim=128, min_area=0.2, augment="moco", augment_magnitude=28)
+    queue=65536, momentum=0.999, temperature=0.2, dim=128, min_area=0.2, augment="moco",
+    augment_magnitude=28,
+    workers=16)  # about what one H100 needs, estimated
 
 DEMO = dict(arch="resnet18w0.25", size=32, epochs=10, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
 

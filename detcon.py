@@ -32,7 +32,8 @@ import common
 PAPER = dict(  # S on ImageNet; lr is for batch_size: 0.3 per 256
     arch="resnet50", size=224, epochs=300, batch_size=4096, lr=4.8, warmup=10, print_every=50, variant="s", masks="fh",
     fh_scale=[1000], num_masks=16, mask_pooling="soft", views=2, temperature=0.1, weight_decay=1e-6,
-    schedule="cosine", hidden=2048, dim=128)
+    schedule="cosine", hidden=2048, dim=128,
+    workers=24)  # about what one H100 needs, estimated
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
 # One global mask is SimCLR (S) or a contrastive BYOL (B). Eq. 3 counts a region once, so M draws of one divide the

@@ -27,7 +27,8 @@ import common
 PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
     arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, alpha=[0.1, 0.4, 0.7, 1.0],
     beta=[0.0, 0.0, 1.0, 1.0], queue=65536, patch_keys=32, momentum=0.999, temperature=0.15, dim=128, min_area=0.2,
-    augment="rand", augment_magnitude=28)
+    augment="rand", augment_magnitude=28,
+    workers=32)  # about what one H100 needs, estimated
 
 ABLATION = dict(temperature=0.2)  # with --augment moco
 

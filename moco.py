@@ -26,7 +26,8 @@ import common
 
 PAPER = dict(  # version 2 on ImageNet; lr is for batch_size
     arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.03, warmup=0, print_every=50, min_area=0.2,
-    version=2, schedule="cosine", mechanism="queue", queue=65536, momentum=0.999, temperature=0.2, dim=128)
+    version=2, schedule="cosine", mechanism="queue", queue=65536, momentum=0.999, temperature=0.2, dim=128,
+    workers=16)  # about what one H100 needs, estimated
 
 VERSION_1 = dict(temperature=0.07, schedule="steps")  # and a linear head, v1's colors
 

@@ -39,7 +39,8 @@ import common
 
 PAPER = dict(  # on ImageNet; lr is for batch_size: 1.0 per 256
     arch="resnet50", size=224, epochs=100, batch_size=2048, lr=8.0, warmup=10, print_every=50, detector="fpn", views=3,
-    num_proposals=4, jitter=0.5, momentum=0.99, hidden=4096, dim=256)
+    num_proposals=4, jitter=0.5, momentum=0.99, hidden=4096, dim=256,
+    workers=8)  # about what one H100 needs, estimated
 
 C4 = dict(views=2)  # Sec. 3.3: V3 is discarded
 WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, first row: the image is the one object

@@ -1,7 +1,7 @@
 """What the project costs, each figure beside what it is compared with, in one run.
 
     python tests/benchmark.py                      everything that this machine can do
-    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap step
+    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap count step
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
     python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ import common  # noqa: E402
 import detco  # noqa: E402
 import detcon  # noqa: E402
 import dupr  # noqa: E402
+import fake_gpu  # noqa: E402
 import moco  # noqa: E402
 import soco  # noqa: E402
 from transfer import coco_masks  # noqa: E402
@@ -390,42 +392,70 @@ def pooling(args, folder):
           f"{took[pooled_one_by_one]:.2f} CPU-ms; the same numbers")
 
 
+PER_GPU = {"moco": 256, "detco": 128, "dupr": 128, "soco": 128, "detcon_s": 128, "detcon_b": 128}  # images a step
+
+
+def count(args, folder):
+    """What a step asks of a GPU, without one: waits of the host, launches, memory traffic, memory at the peak."""
+    for name, images in PER_GPU.items():
+        for world in (1, 8):
+            ledger = fake_gpu.counted(name, world, "resnet50", 224, images)
+            print(f"count: {name}, {images} images, one of {world} processes: {len(ledger.waits)} waits, "
+                  f"{ledger.launches} launches, {ledger.bytes / 2**30:.1f} GB moved, {ledger.peak / 2**30:.1f} GB at the "
+                  "peak", flush=True)
+
+
 def step(args, folder):
-    """A whole MoCo step on data that lies on the device, and images/s of the whole script beside it (CUDA alone)."""
+    """Images/s of each script and of its bare step on data on the GPU, their ratio, memory, and time by part."""
     if DEVICE.type != "cuda":
-        print("step: needs CUDA")
+        print("step: needs CUDA; `count` says what can be known without")
         return
-    model = moco.MoCo("resnet50", 10**6, bn_splits=8).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.03, momentum=0.9)
-    views = torch.randint(0, 256, (2, 256, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
-
-    def work():
-        with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = model({"x_q": views[0], "x_k": views[1]})
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.update()
-
-    bare = 256 / seconds(work, 20)
     jpegs(folder, 2048, (500, 375))
-    sys.argv = f"moco.py --data {folder} --out {folder}/run --queue 1024 --epochs 20 --print-every 20".split()
-    moco.main()
-    rows = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
-    whole = float(np.median([row["images_per_s"] for row in rows[2:]]))
-    print(f"step: ResNet-50, 224 pixels, batch 256, bf16: {bare:.0f} images/s on resident data, {whole:.0f} the whole "
-          f"script, {whole / bare:.2f} of it, {rows[-1]['data_wait']:.0%} of the time waiting for data")
+    for name, images in PER_GPU.items():
+        model, optimizer = fake_gpu.build(name, "resnet50", 224, splits=8)
+        model.to(DEVICE, memory_format=torch.channels_last)
+        optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+        what = fake_gpu.shapes(name, 224).items()
+        batch = {key: torch.zeros(images, *shape, dtype=kind, device=DEVICE) for key, (shape, kind) in what}
+        for key, x in batch.items():
+            if x.dtype == torch.uint8:
+                x.random_(256)
+            elif "box" in key:
+                x[..., 2:] = 100.0
+            elif "mask" in key or key == "overlap":
+                x.fill_(1)
+        torch.cuda.reset_peak_memory_stats()
+        work = lambda: fake_gpu.step(name, model, optimizer, batch)
+        bare, memory = images / seconds(work, 20), torch.cuda.max_memory_allocated() / 2**30
+        with torch.profiler.profile() as profile:
+            work()
+        table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=12)
+        del model, optimizer, batch
+        script, *variant = name.split("_")
+        file, out = Path(common.__file__).with_name(f"{script}.py"), Path(folder, f"{name}-run")
+        command = [sys.executable, file, "--data", folder, "--out", out, "--batch-size", images, "--epochs", 20,
+                   "--max-steps", 80, "--print-every", 10]
+        command += ["--variant", *variant, "--masks", "grid5"] if variant else []
+        command += ["--proposals", "random"] if script == "soco" else []
+        command += ["--queue", 1024] if script in ("moco", "detco", "dupr") else []
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
+        rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+        whole = float(np.median([row["images_per_s"] for row in rows[2:]]))
+        print(f"step: {name}, ResNet-50, 224 pixels, {images} images, bf16: {bare:.0f} images/s on resident data, "
+              f"{whole:.0f} the whole script, {whole / bare:.2f} of it, {rows[-1]['data_wait']:.0%} of the time waiting for "
+              f"data; {memory:.1f} GB")
+        print(table, flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap step")
+    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap count step")
     parser.add_argument("--images", help="folder of images for `loader`")
     parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
     parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
-    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "pooling", "family", "patches", "overlap", "step"]:
+    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "pooling", "family", "patches", "overlap", "count", "step"]:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

@@ -1,0 +1,85 @@
+"""What a GPU will be asked to do, held on machines without one; where there is one, every script runs on it."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import fake_gpu
+from conftest import GPUS, ROOT, rows, write_pictures
+
+WAITS = {"item": lambda x: x.sum().item(), "truth": lambda x: bool((x > 0).any()), "mask": lambda x: x[x > 0],
+         "write": lambda x: x.index_put_((x > 0,), x.sum()), "nonzero": lambda x: (x > 0).nonzero(),
+         "cpu": lambda x: x.cpu(),
+         "tensor": lambda x: x + torch.tensor([1.0, 2.0], device=x.device), "list": lambda x: x[[1, 0]],
+         "tolist": lambda x: x.tolist(), "select": lambda x: torch.masked_select(x, x > 0)}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_is_noticed_wherever_it_is(name):
+    with fake_gpu.pretended() as ledger:
+        x = torch.ones(2, device="cuda")
+        assert not ledger.waits
+        WAITS[name](x)
+    assert len(ledger.waits) == 1
+
+
+def test_a_wait_in_backward_is_noticed():
+    with fake_gpu.pretended() as ledger:
+        y = torch.ones(2, device="cuda").requires_grad_().sin()
+        y.register_hook(lambda gradient: gradient * gradient.sum().item())
+        assert not ledger.waits
+        y.sum().backward()
+    assert len(ledger.waits) == 1
+
+
+def test_the_ledger_counts_launches_bytes_and_memory():
+    with fake_gpu.pretended() as ledger:
+        x = torch.ones(1000, 1000, device="cuda", dtype=torch.bfloat16)       # writes 2 MB
+        y = x.view(-1)                                                        # looks at it
+        y = y.float()                                                         # reads 2, writes 4
+        y += 1                                                                # reads 4, writes 4
+    assert ledger.launches == 3
+    assert ledger.bytes == 2e6 + 6e6 + 8e6
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_batch_norm_keeps_its_bf16_input_for_backward_and_nothing_else_of_that_size(world):
+    kept = []
+    with fake_gpu.pretended(world):
+        norm = fake_gpu.move(common.SyncBatchNorm(16))
+        x = torch.zeros(32, 16, 64, 64, dtype=torch.bfloat16, device="cuda").requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+            y = norm(x)
+        assert y.dtype == torch.bfloat16
+    assert sum(y.numel() * y.itemsize for y in kept) < 1.01 * x.numel() * 2
+
+
+def test_only_the_log_waits_and_once():
+    run = object.__new__(common.Run)
+    run.args, run.loader = SimpleNamespace(batch_size=8), SimpleNamespace(waited=0.0)
+    run.step, run.mark = 1, (0.0, 0, 0.0)
+    with fake_gpu.pretended() as ledger, mock.patch.object(common.Run, "write", lambda self, row: row):
+        loss = torch.zeros((), device="cuda")
+        run.log(loss, {"accuracy": loss, "positive": loss}, lr=0.1)
+    assert [name for name, _ in ledger.waits] == ["tolist"]
+
+
+@pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no GPU")
+@pytest.mark.parametrize("name", ["moco", "detco", "dupr", "soco", "detcon"])
+def test_each_script_trains_on_a_gpu(name, tmp_path):
+    environment = {key: x for key, x in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    environment |= {"CUDA_VISIBLE_DEVICES": GPUS} if GPUS else {}
+    write_pictures(tmp_path / "data", 48)
+    flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--arch", "resnet18w0.25", "--size", "64",
+             "--batch-size", "16", "--epochs", "2", "--print-every", "1", "--workers", "2"]
+    flags += {"soco": ["--proposals", "random"], "detcon": ["--masks", "grid5"]}.get(name, ["--queue", "64"])
+    subprocess.run([sys.executable, ROOT / f"{name}.py", *flags], env=environment, check=True)
+    log = rows(tmp_path / "out")
+    assert len(log) == 6 and all(np.isfinite(row["loss"]) for row in log)
