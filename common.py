@@ -173,11 +173,11 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True       # the batches of training have one shape
         torch.set_float32_matmul_precision("high")  # TF32, but where `exact_products` forbids it
-    stop.listen()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=1),  # while process 0 alone judges what all have found
                                 **meeting_place())
+    stop.listen()  # now: a process that waits for the others runs no handler of Python's, and SIGTERM has to end it
     return device
 
 
