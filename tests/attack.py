@@ -158,7 +158,8 @@ def agent(port, nodes, argv):
     config = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=2 // nodes, run_id="attack", max_restarts=3,
                           rdzv_backend="c10d", rdzv_endpoint=f"localhost:{port}", start_method="fork",
                           monitor_interval=0.1)
-    elastic_launch(config, script)("moco.py", argv)
+    sys.argv = ["moco.py", *argv]
+    elastic_launch(config, runpy.run_path)(str(ROOT / "moco.py"), None, "__main__")
     os._exit(0)
 
 
