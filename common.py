@@ -1,7 +1,8 @@
 """What all five methods need and none of the papers is about.
 
 In this order: how a program ends, distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and
-momentum, LARS and schedules, photometric augmentation, images and sampler, checkpoints, log, kNN monitor, command line.
+momentum, LARS and schedules, photometric augmentation, images and sampler, weights to start from, checkpoints, log, kNN
+monitor, command line.
 
 Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
 uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalised floats.
@@ -9,12 +10,14 @@ uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole bat
 import argparse
 import atexit
 import fcntl
+import hashlib
 import importlib.util
 import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -24,10 +27,13 @@ import threading
 import time
 import warnings
 import zlib
+from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -1106,10 +1112,248 @@ class Loader:
                  "1 %: mend or remove them", everywhere=True)
 
 
+# --- Weights to start from -------------------------------------------------------------------------------------------
+
+# The network that is trained, and the one that follows it.
+NETWORKS = {"moco": ("encoder_q", "encoder_k"), "detco": ("encoder_q", "encoder_k"), "dupr": ("encoder_q", "encoder_k"),
+            "soco": ("online", "target"), "detcon": ("online", "target")}
+
+# {our module: theirs}: {0}, {1} and {2} count from 0, 1 and 2; {b} is a block, {c} one of its convolutions; {n} marks
+# the network. SoCo's fc1, Detectron2's and ours flatten a RoI alike: channel, row, column.
+RESNET = {"backbone.conv1": "conv1", "backbone.bn1": "bn1", "backbone.layer{1}": "layer{1}"}
+MOCO = {"backbone": "encoder{n}", "projector": "encoder{n}.fc", "queue.keys": "queue", "queue.position": "queue_ptr"}
+SOCO = {
+    "backbone": "encoder{n}",
+    "fpn.inner_blocks.{0}.0": "neck{n}.lateral_convs.{0}.conv",
+    "fpn.inner_blocks.{0}.1": "neck{n}.lateral_convs.{0}.bn",
+    "fpn.layer_blocks.{0}.0": "neck{n}.fpn_convs.{0}.conv", "fpn.layer_blocks.{0}.1": "neck{n}.fpn_convs.{0}.bn",
+    "head.{0}.0": "head{n}.conv{1}", "head.{0}.1": "head{n}.bn{1}", "head.5": "head{n}.fc1",
+    "projector.0": "projector{n}.linear1", "projector.1": "projector{n}.bn1", "projector.3": "projector{n}.linear2",
+    "predictor.0": "predictor{n}.linear1", "predictor.1": "predictor{n}.bn1", "predictor.3": "predictor{n}.linear2"}
+DETECTRON2 = {
+    "backbone.conv1": "stem.conv1", "backbone.bn1": "stem.conv1.norm",
+    "backbone.layer{1}.{b}.conv{c}": "res{2}.{b}.conv{c}", "backbone.layer{1}.{b}.bn{c}": "res{2}.{b}.conv{c}.norm",
+    "backbone.layer{1}.{b}.downsample.0": "res{2}.{b}.shortcut",
+    "backbone.layer{1}.{b}.downsample.1": "res{2}.{b}.shortcut.norm",
+    "fpn.inner_blocks.{0}.0": "fpn_lateral{2}", "fpn.inner_blocks.{0}.1": "fpn_lateral{2}.norm",
+    "fpn.layer_blocks.{0}.0": "fpn_output{2}", "fpn.layer_blocks.{0}.1": "fpn_output{2}.norm",
+    "head.{0}.0": "box_head.conv{1}", "head.{0}.1": "box_head.conv{1}.norm", "head.5": "box_head.fc1"}
+LAYOUTS = {  # {a name that tells it: (what it is, the method, its table, {what marks a network: which})}
+    "encoder_q.fc.weight": ("MoCo v1 of the authors", "moco", MOCO, {"_q": "online", "_k": "target"}),
+    "encoder_q.fc.0.weight": ("MoCo v2 of the authors", "moco", MOCO, {"_q": "online", "_k": "target"}),
+    "neck.fpn_convs.0.conv.weight": ("SoCo of the authors, FPN", "soco", SOCO, {"": "online", "_k": "target"}),
+    "encoder.conv1.weight": ("SoCo of the authors, C4", "soco", SOCO, {"": "online", "_k": "target"}),
+    "stem.conv1.weight": ("a Detectron2 file", None, DETECTRON2, {"": "online"}),
+    "fc.weight": ("torchvision's ResNet", None, RESNET, {"": "online"}),
+    "conv1.weight": ("a ResNet without classifier, as DetCo of the authors", None, RESNET, {"": "online"})}
+
+
+def modules(table, mark=""):
+    """{our module: theirs} of one of the tables above, counted out."""
+    return {ours.format(k, k + 1, k + 2, b=b, c=c): theirs.format(k, k + 1, k + 2, b=b, c=c, n=mark)
+            for ours, theirs in table.items() for k, b, c in product(range(4), range(36), (1, 2, 3))}
+
+
+def longest_prefix(name, modules):
+    """The innermost module around a tensor that is among `modules`, or an empty string."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+class PickledArray:
+    """Stands for NumPy's arrays and dtypes while a pickle is read: it holds what the pickle gives, and runs nothing."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def tensor(self):
+        if len(self.arguments) > 3:                           # pickle's protocol 5
+            data, dtype, shape, order = self.arguments[:4]
+        else:
+            _, shape, dtype, by_column, data = self.state
+            order = "F" if by_column else "C"
+        kind = np.dtype(dtype.state[1] + dtype.arguments[0])  # such as <f4
+        data = data.encode("latin1") if isinstance(data, str) else data
+        return torch.from_numpy(np.frombuffer(data, kind).reshape(shape, order=order).astype(kind.newbyteorder("=")))
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Knows plain values and NumPy's arrays, and refuses whatever else a pickle names."""
+
+    known = {"collections.OrderedDict": OrderedDict, "_codecs.encode": lambda text, _: text.encode("latin1"),
+             **dict.fromkeys(("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+                              "numpy.core.multiarray.scalar", "numpy.core.numeric._frombuffer"), PickledArray)}
+
+    def find_class(self, module, name):
+        name = f"{module.replace('numpy._core', 'numpy.core')}.{name}"  # NumPy 2 has moved
+        if name not in self.known:
+            raise pickle.UnpicklingError(f"GLOBAL {name}")
+        return self.known[name]
+
+
+def unpickled(path):
+    """The dict in a file of torch.save, or in a .pkl of Detectron2, of which nothing is executed.
+
+    Exits with 2 when the file holds more than tensors, arrays and plain values.
+    """
+    try:
+        if str(path).endswith(".pkl"):
+            with open(path, "rb") as file:
+                state = PlainUnpickler(file, encoding="latin1").load()
+            arrays = {name: x for name, x in state.get("model", state).items() if isinstance(x, PickledArray)}
+            return {**state, "model": {name: x.tensor() for name, x in arrays.items()}}
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in SoCo's files
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state}
+    except Exception as error:  # a damaged file may make anything of an unpickler
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it holds {other[1]}, and only tensors, arrays and plain values are read" if other else str(error)[:80]
+        fail(f"{path} cannot be read: {' '.join(why.split())}")
+
+
+class Weights(NamedTuple):
+    """A file of weights in our names: `backbone.*`, of SoCo with FPN `fpn.*` and `head.*`, and the pretext task's own.
+
+    target: empty when the file has one network. settings: of a run of ours; of others the arch alone.
+    """
+
+    what: str
+    checksum: str
+    method: str | None
+    settings: dict
+    online: dict
+    target: dict
+
+    def sentence(self, taken):
+        """A line that says what the file is, which of its parts were taken, and which have no place."""
+        words = {"fpn": "pyramid", "head": "box head", "fc": "classifier"}
+        say = lambda names: ", ".join(words.get(name, name) for name in names)
+        left = [part for part in parts(self.online) if part not in taken]
+        return f"{self.what}: {say(taken)}" + (f"; no place for {say(left)}" if left else "")
+
+
+def parts(tensors):
+    """{"backbone", "fpn", ...: {name: tensor}}, by a name's first word."""
+    found = defaultdict(dict)
+    for name, x in tensors.items():
+        found[name.partition(".")[0]][name] = x
+    return found
+
+
+def read_weights(path):
+    """The Weights in a file of ours, of MoCo's, DetCo's or SoCo's authors, torchvision's ResNet, or Detectron2's .pkl.
+
+    Exits with 2 when it is none of these, or when its backbone is no ResNet that --arch can name.
+    """
+    state = unpickled(path)
+    model = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    model = {re.sub(r"^(module|roi_heads)\.", "", str(name)): x for name, x in model.items() if torch.is_tensor(x)}
+    if isinstance(state.get("settings"), dict):
+        settings, method = state["settings"], str(state.get("method"))
+        if method not in NETWORKS:
+            fail(f"{path} is of {method}: take a checkpoint of {', '.join(NETWORKS)}")
+        what = f"{method} of this project"
+        places = {prefix: (network, "") for prefix, network in zip(NETWORKS[method], ("online", "target"))}
+    else:
+        layout = next((name for name in LAYOUTS if name in model), None)
+        if not layout:
+            fail(f"{path} has no ResNet by names that are known here: ours, torchvision's, Detectron2's, or those of "
+                 "MoCo's, DetCo's and SoCo's authors")
+        what, method, table, marks = LAYOUTS[layout]
+        settings = {}
+        places = {theirs: (network, ours) for mark, network in reversed(marks.items())
+                  for ours, theirs in modules(table, mark).items()}
+    networks = {"online": {}, "target": {}}
+    for name, x in model.items():
+        prefix = longest_prefix(name, places)
+        network, ours = places.get(prefix, ("online", ""))
+        networks[network][(ours + name[len(prefix):]).removeprefix(".")] = x
+    if "queue_ptr" in model and method == "moco":  # there a key is a column
+        networks["online"]["queue.keys"] = torch.atleast_2d(networks["online"]["queue.keys"]).mT.contiguous()
+        networks["online"]["queue.position"] = model["queue_ptr"].squeeze()
+    for tensors in networks.values():
+        for name in [name for name in tensors if name.endswith(".running_mean")]:  # Detectron2 counts no batches
+            tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    arch = backbone_arch(path, settings.get("arch"), parts(networks["online"])["backbone"])
+    author = f" by {' '.join(str(state['__author__']).split())[:40]}" if "__author__" in state else ""
+    epoch = f", epoch {state['epoch']}" if isinstance(state.get("epoch"), int) else ""
+    with open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return Weights(f"{path}: {what}{author}{epoch}, {arch}", checksum, method, {**settings, "arch": arch}, **networks)
+
+
+def backbone_arch(path, arch, tensors):
+    """The --arch of tensors that are named backbone.*, told by their shapes; exits with 2 when they are no ResNet's."""
+    shapes = {name.removeprefix("backbone."): list(x.shape) for name, x in tensors.items()}
+    if not arch:
+        block = Bottleneck if "layer1.0.conv3.weight" in shapes else BasicBlock
+        counts = [len({name.split(".")[1] for name in shapes if name.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4)]
+        depth = next((depth for depth, layers in LAYERS.items() if layers == (block, counts)), 50)
+        stem, conv = (shapes.get(name, []) for name in ("conv1.weight", "layer1.0.conv2.weight"))
+        arch = f"resnet{depth}" + (f"w{stem[0] / 64:g}" if len(stem) == 4 and stem[0] != 64 else "")
+        if len(conv) == 4 and conv[0] > conv[1] > 0:  # its groups have conv[1] channels each
+            arch = f"resnext{depth}_{conv[0] // conv[1]}x{conv[1]}d"
+    with torch.device("meta"):
+        wanted = {name: list(x.shape) for name, x in resnet(str(arch)).state_dict().items()}
+    for name in wanted | shapes:
+        here, there = (x.get(name, "missing") for x in (wanted, shapes))
+        if here != there:
+            fail(f"{path} is no {arch}: {name} is {there} there, {here} in a {arch}")
+    return arch
+
+
+def weights_to_start_from(args):
+    """The Weights that --init names; None when they are gone and the run has begun, which does not need them again.
+
+    Fills in --arch, and the file's checksum, which is a setting of the run: the file may move.
+    """
+    last = Path(args.out, "last.pt")
+    if last.exists() and not Path(args.init).exists():
+        settings = load(last)["settings"]
+        args.arch, args.init_checksum = args.arch or settings.get("arch"), settings.get("init_checksum") or "missing"
+        return None
+    weights = read_weights(args.init)
+    if args.arch not in (None, weights.settings["arch"]):
+        fail(f"--init {args.init} is a {weights.settings['arch']}, not --arch {args.arch}: leave --arch out")
+    args.arch, args.init_checksum = weights.settings["arch"], weights.checksum
+    return weights
+
+
+def start_from(model, method, weights):
+    """Put weights into a method's model, into both networks, and say in one line what was taken.
+
+    The backbone, the pyramid and the box head of any file are taken, and the rest of a file of the same method: each
+    part when all its names and shapes are the model's.
+    """
+    state, same, loaded = model.state_dict(), weights.method == method, {}
+    shapes = lambda tensors: {name: x.shape for name, x in tensors.items()}
+
+    def fits(network, part, tensors):
+        for prefix in (f"{network}.", ""):  # a predictor or a queue belongs to no network
+            named = {f"{prefix}{name}": x for name, x in tensors.items()}
+            here = {name: x for name, x in state.items() if name.startswith(f"{prefix}{part}.")}
+            if shapes(named) == shapes(here) and (same or part in ("backbone", "fpn", "head")):
+                loaded.update(named)
+                return True
+        return False
+
+    online, target = NETWORKS[method]
+    for part, tensors in parts(weights.target if same and weights.target else weights.online).items():
+        fits(target, part, tensors)
+    taken = [part for part, tensors in parts(weights.online).items() if fits(online, part, tensors)]
+    model.load_state_dict(loaded, strict=False)
+    if rank() == 0:
+        print(weights.sentence(taken))
+
+
 # --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
 
 ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard", "prepare",
-                "train", "val", "eval_every"}
+                "train", "val", "eval_every", "init", "start"}
 
 
 @contextmanager
@@ -1182,7 +1426,8 @@ def read_log(path):
 
 
 class Run:
-    """A run in its folder --out: resumed from last.pt and saved there, logged to log.jsonl, console and TensorBoard.
+    """A run in its folder --out: started from --init or resumed from last.pt, saved there, logged to log.jsonl, console
+    and TensorBoard.
 
     `.step` counts the steps done (the loop adds one), `.total` those of the whole run; `.last` is where --max-steps
     stops it. Exits with 2 where the folder holds another run. A resumed log reads as one uninterrupted run.
@@ -1204,6 +1449,8 @@ class Run:
             fail(f"--out {args.out}: {error.strerror}")
         if Path(self.out, "last.pt").exists():
             self.resume(load(Path(self.out, "last.pt")))
+        elif getattr(args, "start", None):
+            start_from(model, method, args.start)
         here = [self.step, zlib.crc32(json.dumps(self.settings, sort_keys=True).encode())]
         if len(all_gather(torch.tensor([here], device=next(model.parameters()).device)).unique(dim=0)) > 1:
             fail("the processes see different folders: --data and --out must be the same on every node")
@@ -1450,12 +1697,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, paper, demo=None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.paper, self.demo = paper, demo or {}
+        self.set_defaults(start=None)  # what --init names
         self.set_defaults(prepare=False, data=None)  # --prepare: of the methods that have something to make before training
         self.own = self.add_argument_group("the paper's" if demo else "of this script")
         add = self.add_argument_group("common to all" + (" five methods" if demo else "")).add_argument
         count = number(int, 1)
         if demo:
             add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
+            add("--init", metavar="FILE", help="weights to start from: last.pt, those that the authors of MoCo, DetCo "
+                "or SoCo released, torchvision's ResNet, Detectron2's .pkl (default: random)")
             add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
             add("--size", type=number(int, 32, 8192), help="side of a view in pixels, 32 or more: the network's stride")
             add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
@@ -1496,6 +1746,8 @@ class Parser(argparse.ArgumentParser):
         ImageFolder.max_pixels = args.max_pixels
         if args.workers is None:  # on a CPU the network needs the cores
             args.workers = min(self.paper.get("workers", 16), cores()) if torch.cuda.is_available() else 0
+        if self.demo and args.init:
+            args.start = weights_to_start_from(args)
         for name, value in {**self.paper, **(self.demo if args.data is None else {}), **variant(args)}.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)

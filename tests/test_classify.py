@@ -320,7 +320,7 @@ def voc_lacks(data):
 
 @pytest.mark.parametrize("make, message", [
     (one_class, "one class"), (strange_class, "not among the training classes"), (no_val, "no such folder"), (no_train, "no such folder"),
-    (unsorted, "folders named by class"), (other_arch, "mend --arch"), (small, "do not fill a batch"), (voc_linear, "take --protocol svm"),
+    (unsorted, "folders named by class"), (other_arch, "leave --arch out"), (small, "do not fill a batch"), (voc_linear, "take --protocol svm"),
     (voc_torn, "cannot be read as VOC's"), (voc_lacks, "000003.jpg")])
 def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, make, message):
     data = tmp_path / "data"

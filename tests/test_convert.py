@@ -214,7 +214,7 @@ def bad(tmp_path, kind):
     return tmp_path / "last.pt"
 
 
-@pytest.mark.parametrize("kind, says", [("missing", "cannot be read"), ("text", "cannot be read"), ("tensors", "no checkpoint of this project"),
+@pytest.mark.parametrize("kind, says", [("missing", "cannot be read"), ("text", "cannot be read"), ("tensors", "conv1.weight is [1] there"),
                                         ("no target", "--part online"), ("detector", "is of detect")])
 def test_what_is_no_checkpoint_of_ours_is_refused_with_one_line(tmp_path, monkeypatch, capsys, kind, says):
     path = bad(tmp_path, kind)

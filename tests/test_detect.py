@@ -99,7 +99,7 @@ def test_crowds_and_images_without_objects_are_not_trained_on(tmp_path):
 def test_every_tensor_of_a_checkpoint_lands_and_gives_the_same_features(checkpoints, model, method):
     path, pretrained = checkpoints[method]
     online = (pretrained.online if method == "soco" else pretrained.encoder_q).eval()
-    tensors, _, _ = convert.read(path)
+    tensors, _ = convert.read(path)
     detector = detect.build(model, ARCH, 3, keypoints=2, size=(64, 64)).eval()
     before = {name: x.clone() for name, x in detector.state_dict().items()}
     detect.fill(detector, tensors, model)

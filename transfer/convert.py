@@ -1,11 +1,13 @@
-"""From a checkpoint to a detector: last.pt of any of the five methods in Detectron2's or torchvision's names.
+"""From weights to a detector: last.pt of any method, or what others released, in Detectron2's or torchvision's names.
 
     python transfer/convert.py runs/soco/last.pt soco.pkl                    Detectron2: MODEL.WEIGHTS soco.pkl
     python transfer/convert.py runs/soco/last.pt soco.pth                    torchvision's Faster, Mask and Keypoint R-CNN
     python transfer/convert.py runs/soco/last.pt soco.pth --to torchvision-p3    its RetinaNet and FCOS
     python transfer/convert.py runs/moco/last.pt moco.pth --to resnet        torchvision.models.resnet50 and the like
+    python transfer/convert.py ckpt_epoch_400.pth soco.pkl                   as SoCo's, MoCo's, DetCo's authors gave it
+    python transfer/convert.py soco.pkl soco.pth                             from Detectron2's names to torchvision's
 
-Every method gives its backbone; SoCo with FPN also the pyramid and the box head (four convolutions, one linear layer: use
+Every file gives its backbone; SoCo with FPN also the pyramid and the box head (four convolutions, one linear layer: use
 configs/soco-*.yaml, or torchvision's fasterrcnn_resnet50_fpn_v2). Load the files of torchvision's names with
 `load_state_dict(torch.load(FILE), strict=False)`: only the detector's new layers are missing.
 """
@@ -21,22 +23,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 
-NETWORKS = {"moco": ("encoder_q", "encoder_k"), "detco": ("encoder_q", "encoder_k"), "dupr": ("encoder_q", "encoder_k"),
-            "soco": ("online", "target"), "detcon": ("online", "target")}
 PARTS = ("online", "query", "target", "key")
 
 
 def read(path, part="online"):
-    """One network of a last.pt -> (its tensors, method, settings): `backbone.*` with torchvision's ResNet names, of SoCo with
-    FPN also `fpn.*` and `head.*`, and what belongs to the pretext task. Exits with 2 where there is none."""
-    state = common.load(path)
-    if state["method"] not in NETWORKS:
-        common.fail(f"{path} is of {state['method']}: take a checkpoint of {', '.join(NETWORKS)}")
-    prefix = NETWORKS[state["method"]][PARTS.index(part) // 2] + "."
-    tensors = {name.removeprefix(prefix): x for name, x in state["model"].items() if name.startswith(prefix)}
+    """One network of a file -> (its tensors in our names, the common.Weights). Exits with 2 when the file lacks it."""
+    weights = common.read_weights(path)
+    tensors = weights.target if part in ("target", "key") else weights.online
     if not tensors:
         common.fail(f"{path} has no {part} network, only the one that was trained: take --part online")
-    return tensors, state["method"], state["settings"]
+    return tensors, weights
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
@@ -57,25 +53,12 @@ def torchvision_name(name, lowest=2):
     return {"backbone": "backbone.body.", "head": "roi_heads.box_head."}[part] + rest if part in ("backbone", "head") else None
 
 
-def detectron2_name(name):
+def detectron2_name(name, modules=common.modules(common.DETECTRON2)):
     """In Detectron2's models, less the prefix in which they differ: `backbone.` or `backbone.bottom_up.`, and `roi_heads.` of
     res5 in a C4 detector. Its checkpointer matches by the end of a name."""
-    rules = [(r"backbone\.conv1", lambda m: "stem.conv1"), (r"backbone\.bn1", lambda m: "stem.conv1.norm"),
-             (r"backbone\.layer(\d)\.(\d+)\.conv(\d)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}"),
-             (r"backbone\.layer(\d)\.(\d+)\.bn(\d)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.norm"),
-             (r"backbone\.layer(\d)\.(\d+)\.downsample\.0", lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut"),
-             (r"backbone\.layer(\d)\.(\d+)\.downsample\.1", lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut.norm"),
-             (r"fpn\.inner_blocks\.(\d)\.0", lambda m: f"fpn_lateral{int(m[1]) + 2}"),
-             (r"fpn\.inner_blocks\.(\d)\.1", lambda m: f"fpn_lateral{int(m[1]) + 2}.norm"),
-             (r"fpn\.layer_blocks\.(\d)\.0", lambda m: f"fpn_output{int(m[1]) + 2}"),
-             (r"fpn\.layer_blocks\.(\d)\.1", lambda m: f"fpn_output{int(m[1]) + 2}.norm"),
-             (r"head\.(\d)\.0", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}"),
-             (r"head\.(\d)\.1", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.norm"),
-             (r"head\.5", lambda m: "roi_heads.box_head.fc1")]              # both flatten a RoI as channel, row, column
-    for pattern, new in rules:
-        if match := re.match(pattern + r"(?=\.[a-z_]+$)", name):
-            return new(match) + name[match.end():]
-    return None
+    if not (prefix := common.longest_prefix(name, modules)):
+        return None
+    return ("roi_heads." if prefix.startswith("head.") else "") + modules[prefix] + name[len(prefix):]
 
 
 NAMES = {"detectron2": detectron2_name, "torchvision": torchvision_name,
@@ -108,46 +91,43 @@ def add_init(parser):
     """The flags --init, --part and --arch."""
     add = parser.own.add_argument
     add("--init", required=True, metavar="WHAT",
-        help="last.pt of one of the five methods, torchvision's weights of a ResNet (.pth), or: random")
-    add("--part", choices=PARTS, default="online", help="of last.pt: online or query, target or key (default: online)")
-    add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: last.pt's, "
-                       "or resnet50)")
+        help="last.pt of one of the five methods; what the authors of MoCo, DetCo or SoCo released; torchvision's "
+        "weights of a ResNet; Detectron2's .pkl; or: random")
+    add("--part", choices=PARTS, default="online", help="online or query, target or key (default: online)")
+    add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: --init's, "
+        "or resnet50)")
 
 
-def initial(args):
-    """What --init names: {`backbone.*`, and of SoCo with FPN `fpn.*` and `head.*`: tensor}, empty for random. Fills in --arch; exits
-    with 2 where the file is of another."""
-    tensors = {}
+def initial(args, taken=("backbone",)):
+    """What --init names -> (its tensors in our names, the settings of its run), both empty for random.
+
+    Says what the file is and which of its parts are none of `taken` and so have no place. Fills in --arch, or exits
+    with 2 when the file is of another. The file's checksum is a setting of the run: the file may move.
+    """
     if args.init == "random":
-        args.arch = args.arch or "resnet50"
-        return tensors
-    try:
-        state = torch.load(args.init, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may make anything of the unpickler
-        common.fail(f"--init {args.init} cannot be read ({' '.join(str(error).split())[:60]})")
-    if isinstance(state, dict) and "conv1.weight" in state:
-        args.arch = args.arch or "resnet50"
-        tensors = {f"backbone.{name}": x for name, x in state.items() if not name.startswith("fc.")}
-    else:
-        tensors, _, settings = read(args.init, args.part)
-        if args.arch not in (None, settings["arch"]):
-            common.fail(f"--init {args.init} is a {settings['arch']}, not --arch {args.arch}: leave --arch out")
-        args.arch = settings["arch"]
-    with torch.device("meta"):
-        shapes = {f"backbone.{name}": x.shape for name, x in common.resnet(args.arch).state_dict().items()}
-    theirs = {name: getattr(x, "shape", None) for name, x in tensors.items() if name.startswith("backbone.")}
-    other = [name for name in shapes | theirs if shapes.get(name) != theirs.get(name)]
-    if other:
-        common.fail(f"--init {args.init} is no {args.arch}: {other[0]} is in one alone, or of another shape; mend --arch")
-    return tensors
+        args.arch, args.init_checksum = args.arch or "resnet50", "random"
+        return {}, {}
+    tensors, weights = read(args.init, args.part)
+    if args.arch not in (None, weights.settings["arch"]):
+        common.fail(f"--init {args.init} is a {weights.settings['arch']}, not --arch {args.arch}: leave --arch out")
+    args.arch, args.init_checksum = weights.settings["arch"], weights.checksum
+    if common.rank() == 0:
+        print(weights.sentence([part for part in taken if part in common.parts(tensors)]))
+    return tensors, weights.settings
+
+
+def build(arch, tensors, norm_layer=None):
+    """The common.Backbone of `initial`'s tensors, on the CPU."""
+    network = common.resnet(arch, norm_layer)
+    tensors = {resnet_name(name): x for name, x in tensors.items() if resnet_name(name)}
+    network.load_state_dict(tensors, strict=bool(tensors))
+    return network
 
 
 def backbone(args, norm_layer=None):
     """The common.Backbone that --init names, of --arch, on the CPU."""
-    tensors = initial(args)
-    network = common.resnet(args.arch, norm_layer)
-    network.load_state_dict({resnet_name(name): x for name, x in tensors.items() if resnet_name(name)}, strict=bool(tensors))
-    return network
+    tensors, _ = initial(args)
+    return build(args.arch, tensors, norm_layer)
 
 
 def detectron2_settings(arch):
@@ -166,28 +146,27 @@ def detectron2_settings(arch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: common.fail(f"{message} (see --help)")
-    parser.add_argument("checkpoint", help="last.pt of one of the five methods")
+    parser.add_argument("weights", help="last.pt, or another file that the list above names")
     parser.add_argument("file", help="to write: .pkl for Detectron2, anything else for torchvision")
     parser.add_argument("--to", choices=list(NAMES), help="whose names (default: by the file's)")
     parser.add_argument("--part", choices=PARTS, default="online", help="which network (default: online, the one that is trained)")
     args = parser.parse_args()
     to = args.to or ("detectron2" if args.file.endswith(".pkl") else "torchvision")
-    tensors, method, settings = read(args.checkpoint, args.part)
+    tensors, weights = read(args.weights, args.part)
     converted, left = convert(tensors, to)
     try:
         write(args.file, converted, to)
     except OSError as error:
         common.fail(f"cannot write {args.file}: {error.strerror}")
-    print(f"{method}, {settings['arch']}, {args.part} network -> {args.file}, for {to}")
+    print(f"{weights.what}, {args.part} network -> {args.file}, for {to}")
     places = Counter((name.partition(".")[0], re.match(r"(roi_heads\.|backbone\.)?[^.]+", NAMES[to](name))[0])
                      for name in tensors if NAMES[to](name))
     for (part, place), count in places.items():
         print(f"  {part} -> {place}: {count} tensors")
     for part, count in left.items():
-        print(f"  {part}: {count} tensors left out, " + (f"{to} has no place for it" if part in ("fpn", "head")
-                                                         else "which are the pretext task's"))
-    if to == "detectron2" and settings["arch"] != "resnet50":
-        print(f"  its configuration: {detectron2_settings(settings['arch'])}")
+        print(f"  {part}: {count} tensors left out, {to} has no place for them")
+    if to == "detectron2" and weights.settings["arch"] != "resnet50":
+        print(f"  its configuration: {detectron2_settings(weights.settings['arch'])}")
 
 
 if __name__ == "__main__":

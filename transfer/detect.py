@@ -345,7 +345,7 @@ def main():
         common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}: {sorted(there ^ here)[0]} is in one alone")
     if keypoints and not source.keypoints:
         common.fail(f"{args.train[1]}: no category has `keypoints`")
-    tensors = convert.initial(args)
+    tensors, _ = convert.initial(args, ("backbone", "fpn", "head"))
     common.seed_device(args.seed)
     detector = build(args.model, args.arch, len(source.classes), len(source.keypoints), args.head, args.size, args.rois)
     filled, new = fill(detector, tensors, args.model, args.head)
@@ -356,7 +356,7 @@ def main():
                                  {"params": [p for p in trained if p.ndim <= 1]}], lr=0.0, momentum=0.9)
     run = common.Run(args, source, "detect", detector, optimizer)
     if common.rank() == 0 and run.step == 0:
-        print(f"from {args.init}: {filled}; new: {new}")
+        print(f"filled: {filled}; new: {new}")
     views = partial(example, source=source, masks=masks, keypoints=keypoints, flip=True)
     batches = run.batches(views, device, lists)
     ddp = common.parallel(model, device)

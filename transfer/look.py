@@ -46,11 +46,12 @@ def networks(args, device):
     found, sizes = {}, []
     for init in args.init:
         torch.manual_seed(args.seed)
-        network = convert.backbone(argparse.Namespace(init=init, part=args.part, arch=args.arch))
+        choice = argparse.Namespace(init=init, part=args.part, arch=args.arch)
+        tensors, settings = convert.initial(choice)
+        network = convert.build(choice.arch, tensors)
         name = Path(init).parent.name if Path(init).name == "last.pt" else Path(init).stem
         found[init if name in ("", *found) else name] = network.eval().to(device)
-        state = {} if init == "random" else torch.load(init, map_location="cpu", weights_only=True)
-        sizes += [state["settings"]["size"]] if "settings" in state else []
+        sizes += [settings["size"]] if "size" in settings else []
     args.size = args.size or args.times * max(sizes, default=224)
     return found
 
@@ -388,9 +389,9 @@ def arguments():
             add("--images", type=count, default=images, help="how many, drawn at random (default: %(default)s)")
             add("--seed", type=common.number(int, 0), default=0, help="of every random draw (default: 0)")
         if looks:
-            add("--init", nargs="+", required=True, metavar="WHAT", help="last.pt, torchvision's weights of a ResNet, random")
-            add("--part", choices=convert.PARTS, default="online", help="of last.pt (default: online)")
-            add("--arch", help="of what is no last.pt (default: resnet50)")
+            add("--init", nargs="+", required=True, metavar="WHAT", help="files of weights, as classify.py's; random")
+            add("--part", choices=convert.PARTS, default="online", help="which network (default: online)")
+            add("--arch", help="of random (default: resnet50)")
             add("--stage", type=int, choices=[2, 3, 4, 5], default=looks, help="c2 to c5 (default: %(default)s)")
             add("--size", type=common.number(int, 32), help=f"of a view (default: {settings['times']} x that in training)")
         return add
