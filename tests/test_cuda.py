@@ -14,6 +14,19 @@ import common
 import fake_gpu
 from conftest import GPUS, ROOT, rows, write_pictures
 
+METHODS = ["moco", "detco", "dupr", "soco", "detcon_s", "detcon_b"]
+SMALL = {**dict.fromkeys(("moco", "detco", "dupr"), dict(queue=64, dim=16)),
+         **dict.fromkeys(("soco", "detcon_s", "detcon_b"), dict(hidden=24, dim=16))}
+
+
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_never_makes_the_host_wait_for_the_gpu(name, world):
+    ledger = fake_gpu.counted(name, world, **SMALL[name])
+    assert not ledger.waits and ledger.launches > 500
+    assert ledger.loss.device.type == "cuda" and ledger.loss.dtype == torch.float32
+
+
 WAITS = {"item": lambda x: x.sum().item(), "truth": lambda x: bool((x > 0).any()), "mask": lambda x: x[x > 0],
          "write": lambda x: x.index_put_((x > 0,), x.sum()), "nonzero": lambda x: (x > 0).nonzero(),
          "cpu": lambda x: x.cpu(),
@@ -69,6 +82,14 @@ def test_only_the_log_waits_and_once():
         loss = torch.zeros((), device="cuda")
         run.log(loss, {"accuracy": loss, "positive": loss}, lr=0.1)
     assert [name for name, _ in ledger.waits] == ["tolist"]
+
+
+@pytest.mark.parametrize("settings", [dict(saturation=0.4), dict(saturation=0.2, solarize_p=0.5, family="dm_pix")])
+def test_colors_compile_as_one_graph_and_stay_the_same(settings):
+    colors = common.Photometric(0.4, 0.4, hue=0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5, **settings)
+    x, draw = torch.rand(6, 3, 32, 32), colors.draw(6)
+    compiled = torch.compile(colors.apply_draw, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, draw), colors.apply_draw(x, draw), atol=2e-6, rtol=0)
 
 
 @pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no GPU")
