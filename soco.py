@@ -10,17 +10,14 @@ feature pyramid and box head are all pre-trained.
     python soco.py --data DIR --detector c4                     for detectors without FPN
     python soco.py --data DIR --views 4                         SoCo*, with a fourth view
 
-Writes last.pt, log.jsonl, views.png and, made by selective search, proposals.npz to --out; the same command again goes on
-where it stopped. In last.pt's `model`, `online.backbone.*`, and with FPN `online.fpn.*` and `online.head.*`, are
-torchvision's ResNet, FeaturePyramidNetwork and FastRCNNConvFCHead.
+Writes last.pt, log.jsonl, views.png and, made by selective search, proposals.npz to --out; the same command again
+goes on where it stopped. In last.pt's `model`, `online.backbone.*`, and with FPN `online.fpn.*` and `online.head.*`,
+are torchvision's ResNet, FeaturePyramidNetwork and FastRCNNConvFCHead.
 """
 import contextlib
 import copy
-import os
 import shutil
-import struct
 import sys
-import zipfile
 import zlib
 from functools import partial
 from itertools import zip_longest
@@ -57,9 +54,9 @@ DEMO = dict(
 def object_views(photo, rng, proposals, sizes, num_proposals, jitter_p):
     """V1, the image made square; V2, a crop of V1; V3, V2 made smaller; V4, another crop of V1 (SoCo*, Sec. 4.3).
 
-    proposals(photo, rng) gives [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Gives view1,
-    view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view and within it,
-    where row k is the same object in each, mirrored, jittered and clipped on its own.
+    proposals(photo, rng) gives [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
+    view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is the same
+    proposal in each of them, jittered, clipped and mirrored on its own. It is inside V2, and V4 if there is one.
     """
     image = np.array([0, 0, *photo.size], float)
     boxes = proposals(photo, rng)
@@ -67,21 +64,20 @@ def object_views(photo, rng, proposals, sizes, num_proposals, jitter_p):
         v2, v4 = (common.random_crop((sizes[0], sizes[0]), (0.5, 1.0), rng) for _ in range(2))
         v2, v4 = (np.array(crop) * np.tile(photo.size, 2) / sizes[0] for crop in (v2, v4))  # pixels of the image
         crops = [image, v2, v2, v4][:len(sizes)]
-        seen = [inside(boxes, crop) for crop in crops[1:]]
-        kept = np.flatnonzero(np.all(seen, axis=0))
+        kept = boxes[np.all([inside(boxes, crop) for crop in crops[1:]], axis=0)]
         if len(kept):
             break
     else:
-        boxes, kept = image[None], [0]  # no proposal in sight: the whole of each view is the one object
-    boxes = boxes[np.resize(rng.permutation(kept), num_proposals)]  # all are taken before any is taken twice
+        kept = image[None]  # no proposal in sight: the whole image is the one object
+    kept = np.resize(rng.permutation(kept), (num_proposals, 4))  # all are taken before any is taken twice
     batch = {}
     for i, (view, crop, size) in enumerate(zip(photo.cut(crops, sizes), crops, sizes), start=1):
-        moved = jitter(boxes, jitter_p, rng)
-        moved = np.where(inside(moved, crop)[:, None], moved, boxes)  # a box stays if jitter would take it out of the view
-        seen = to_view(moved, crop, size).clip(0, size)
+        moved = jitter(kept, jitter_p, rng)
+        moved = np.where(inside(moved, crop)[:, None], moved, kept)  # jitter takes no box out of the view
+        boxes = to_view(moved, crop, size).clip(0, size)
         if rng.random() < 0.5:
-            view, seen = ImageOps.mirror(view), mirrored(seen, size)
-        batch |= {f"view{i}": common.to_tensor(view), f"boxes{i}": torch.from_numpy(seen.astype(np.float32))}
+            view, boxes = ImageOps.mirror(view), mirrored(boxes, size)
+        batch |= {f"view{i}": common.to_tensor(view), f"boxes{i}": torch.from_numpy(boxes.astype(np.float32))}
     return batch
 
 
@@ -92,17 +88,17 @@ def to_view(boxes, crop, size):
 
 
 def inside(boxes, crop):
-    """Which boxes [n, 4] keep 16 pixels a side, of 224, in the crop -> [n] bool."""
+    """Which boxes [n, 4] keep 16 pixels a side, of the view's 224, in the crop -> [n] bool."""
     x1, y1, x2, y2 = to_view(boxes, crop, 224).clip(0, 224).T
     return (x2 - x1 >= 16) & (y2 - y1 >= 16)
 
 
 def jitter(boxes, p, rng):
     """Box jitter: with probability p, a box's center and size change by up to a tenth of its width and height each."""
-    centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     r = rng.uniform(-0.1, 0.1, (len(boxes), 4)) * (rng.random((len(boxes), 1)) < p)
-    centre, side = centre + r[:, :2] * side, side + r[:, 2:] * side
-    return np.concatenate([centre - side / 2, centre + side / 2], axis=1)
+    center, side = center + r[:, :2] * side, side + r[:, 2:] * side
+    return np.concatenate([center - side / 2, center + side / 2], axis=1)
 
 
 def mirrored(boxes, size):
@@ -110,8 +106,7 @@ def mirrored(boxes, size):
 
 
 def photometric(view, size):
-    """BYOL's colours: its first view's for V1, its second's for the others; blur's sigma is 0.1 to 2 pixels where V1 has
-    `size` 224."""
+    """BYOL's colors: those of its first view for V1, of its second for the others; blur's sigma is 0.1 to 2 of 224."""
     blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
     return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
                               sigma=(0.1 * size / 224, 2.0 * size / 224))
@@ -122,7 +117,7 @@ def photometric(view, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def assign_levels(boxes, size):
-    """Scale-aware assignment: 0 to 3, for P2 to P5, of boxes [..., 4] in pixels of their view, by their area there.
+    """Scale-aware assignment of boxes [..., 4] in pixels of their view, by their area there: 0 to 3, for P2 to P5.
 
     The bounds 48^2, 96^2 and 192^2 belong to the lower level. They are for V1 of 224 pixels and follow its `size`.
     """
@@ -131,46 +126,45 @@ def assign_levels(boxes, size):
 
 
 def pyramid_roi_align(pyramid, boxes, levels, output_size):
-    """RoIAlign of each box on its assigned level alone: [N, C, H, W] each, boxes [N, K, 4] in pixels of the view, levels
-    [N, K] -> [N*K, C, S, S].
+    """RoIAlign of each box on its assigned level alone.
 
-    The levels are laid on one sheet, below each other, and pooled in one call: no level's boxes need to be counted. A
-    border that repeats its edge keeps a level's bilinear samples out of its neighbours.
+    pyramid: P2 to P5 [N, C, H/4, W/4], ...; boxes [N, K, 4] in pixels of the view; levels [N, K], or None for the sum
+    over all of them -> [N*K, C, S, S]. On the other levels a box has no area, takes no samples and pools to zero.
     """
-    width = pyramid[0].shape[3]
-    framed = [F.pad(p, (1, 1, 1, 1), mode="replicate") for p in common.float32(*pyramid)]
-    sheet = torch.cat([F.pad(p, (0, width + 2 - p.shape[3])) for p in framed], dim=2)  # [N, C, sum of H + 2, W + 2]
-    top = 1 + sum((levels > level) * p.shape[2] for level, p in enumerate(framed[:-1]))  # [N, K]
-    offset = torch.stack([torch.ones_like(top), top], dim=-1).repeat(1, 1, 2)            # [N, K, 4]: x, y, x, y
-    stride = 4 * 2 ** levels[..., None]
-    return common.roi_align(sheet, boxes / stride + offset, output_size, stride=1).to(pyramid[0].dtype)
+    pooled = 0
+    for level, (p, stride) in enumerate(zip(pyramid, (4, 8, 16, 32))):
+        own = boxes if levels is None else boxes * (levels == level)[..., None]
+        pooled = pooled + common.roi_align(p, own, output_size, stride)
+    return pooled
 
 
 class ObjectEncoder(nn.Module):
     """f^I, RoIAlign, f^H and the projector g: a view [N, 3, H, W] and its boxes [N, K, 4] -> [N*K, dim], image-major.
 
     detector: "fpn" has the backbone, pyramid and box head (four convolutions, one linear layer) of Mask R-CNN with FPN,
-    norms in all; "c4" pools from c4, and stage 5 is the head. size: of V1, in pixels.
+    norms in all; "c4" pools from c4, and stage 5 is the head. size: of V1, in pixels. For Table 4, without `head` the
+    pooled features are averaged, and without `levels` a box is pooled on all levels, which are added.
     """
 
-    def __init__(self, arch, detector, size, hidden, dim):
+    def __init__(self, arch, detector, size, hidden, dim, head=True, levels=True):
         super().__init__()
         norm = common.SyncBatchNorm
-        self.detector, self.size = detector, size
+        self.detector, self.size, self.levels = detector, size, levels
         self.backbone = common.resnet(arch, norm, zero_init_residual=True)
         width = self.backbone.channels[-1]
         if detector == "fpn":
             channels = round(256 * min(1.0, self.backbone.width))  # a demo's narrow backbone has a narrow detector
-            width = 4 * channels
+            width = 4 * channels if head else channels
             self.fpn = FeaturePyramidNetwork(self.backbone.channels, channels, norm_layer=norm)
-            self.head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm_layer=norm)
+            self.head = (FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm_layer=norm) if head else
+                         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
         self.projector = common.mlp(width, hidden, dim)
 
     def forward(self, x, boxes):
         if self.detector == "fpn":
             stages = self.backbone(x)
-            pyramid = list(self.fpn(dict(enumerate(stages))).values())                    # P2 to P5, [N, C, H/4, W/4], ...
-            levels = assign_levels(boxes, self.size)                                      # [N, K]
+            pyramid = list(self.fpn(dict(enumerate(stages))).values())                    # P2 to P5
+            levels = assign_levels(boxes, self.size) if self.levels else None             # [N, K]
             h = self.head(pyramid_roi_align(pyramid, boxes, levels, 7))                   # Eq. 1: [N*K, 1024]
         else:
             c4 = self.backbone(x, stages=3)[-1]
@@ -180,23 +174,25 @@ class ObjectEncoder(nn.Module):
 
 
 class SoCo(nn.Module):
-    """The pretext task. views: 2, 3, or 4 for SoCo*; size: of V1, in pixels. The target network follows the online one
-    by `update(momentum)`."""
+    """The pretext task. views: 2, 3, or 4 for SoCo*; size: of V1, in pixels; head, levels: as ObjectEncoder has them.
 
-    def __init__(self, arch, detector="fpn", views=3, size=224, hidden=4096, dim=256):
+    The target network follows the online one by `update(momentum)`.
+    """
+
+    def __init__(self, arch, detector="fpn", views=3, size=224, hidden=4096, dim=256, head=True, levels=True):
         super().__init__()
         self.photometric = nn.ModuleList(photometric(view, size) for view in range(1, views + 1))
-        self.online = ObjectEncoder(arch, detector, size, hidden, dim)
+        self.online = ObjectEncoder(arch, detector, size, hidden, dim, head, levels)
         self.predictor = common.mlp(dim, hidden, dim)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, batch):
         """batch: view1, view2, ... [N, 3, S, S] uint8 and boxes1, boxes2, ... [N, K, 4] -> L^SoCo and its stats."""
-        views = [(colours(batch[f"view{i}"]), batch[f"boxes{i}"]) for i, colours in enumerate(self.photometric, start=1)]
-        normalise = lambda x: F.normalize(*common.float32(x), dim=1)
-        v_online = [normalise(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
+        views = [(colors(batch[f"view{i}"]), batch[f"boxes{i}"]) for i, colors in enumerate(self.photometric, start=1)]
+        normalize = lambda x: F.normalize(*common.float32(x), dim=1)
+        v_online = [normalize(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
         with torch.no_grad():
-            v_target = [normalise(self.target(*view)) for view in views]                  # Eq. 3, 4
+            v_target = [normalize(self.target(*view)) for view in views]                  # Eq. 3, 4
         cosine = lambda a, b: (a * b).sum(dim=1).mean()                                   # Eq. 6: the mean over K and N
         loss, stats = 0, {}
         for i in range(1, len(views)):
@@ -214,19 +210,19 @@ class SoCo(nn.Module):
 # Proposals (Sec. 3.2, appendix A)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def selective_search(photo):
+def selective_search(photo, space="HSV", scale=500, min_size=10):
     """Selective search with the paper's scale 500, sigma 0.9 and min_size 10 -> [n, 4] xyxy pixels of the image.
 
-    In HSV, with one strategy, where the paper is silent. An image whose longer side has more than 500 pixels is searched
-    at 500, which is what ImageNet's have: more pixels are not more objects.
+    In HSV, with one strategy, where the paper is silent. An image whose longer side has more than 500 pixels is
+    searched at 500, which is what ImageNet's have: more pixels are not more objects.
     """
     import cv2
     from cv2.ximgproc import segmentation as cv
     cv2.setNumThreads(1)  # every core has an image of its own
     image = photo.shrunk()
     search = cv.createSelectiveSearchSegmentation()
-    search.addImage(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
-    search.addGraphSegmentation(cv.createGraphSegmentation(0.9, 500, 10))
+    search.addImage(image if space == "RGB" else cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    search.addGraphSegmentation(cv.createGraphSegmentation(0.9, scale, min_size))
     search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(
         cv.createSelectiveSearchSegmentationStrategyColor(), cv.createSelectiveSearchSegmentationStrategyTexture(),
         cv.createSelectiveSearchSegmentationStrategySize(), cv.createSelectiveSearchSegmentationStrategyFill()))
@@ -234,13 +230,13 @@ def selective_search(photo):
     return np.stack([x, y, x + w, y + h], axis=1) * np.tile(np.divide(photo.size, image.shape[1::-1]), 2)
 
 
-def keep_objects(boxes, size):
+def filter_proposals(boxes, size):
     """The boxes [n, 4] that may be objects of an image of (width, height): 1/3 <= w/h <= 3 and, relative to the image,
     0.3 <= sqrt(wh) / sqrt(WH) <= 0.8 (Sec. 3.2).
 
-    If there is none: those of 32 pixels or more a side and of that aspect; else of any aspect; else the whole image.
+    If there is none: those of that aspect and 32 pixels a side or more; else those of 32 pixels; else the whole image.
     """
-    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
     aspect = (w <= 3 * h) & (h <= 3 * w)
     scale = np.sqrt(w * h / (size[0] * size[1]))
     large = (w >= 32) & (h >= 32)
@@ -251,15 +247,9 @@ def keep_objects(boxes, size):
 
 
 def random_boxes(size, n, rng):
-    """n boxes drawn anywhere in an image of (width, height), of sizes that `keep_objects` keeps (Table 5c); in an image
-    more than three times as long as wide, of those that fit."""
-    width, height = size
-    side = rng.uniform(0.3, 0.8, n) * np.sqrt(width * height)
-    low, high = (np.clip(bound, (side / height) ** 2, (width / side) ** 2) for bound in (1 / 3, 3))  # it must fit in
-    ratio = np.exp(rng.uniform(np.log(low), np.log(high)))                                           # w / h
-    w, h = np.minimum(side * np.sqrt(ratio), width), np.minimum(side / np.sqrt(ratio), height)
-    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    return np.stack([x, y, x + w, y + h], axis=1)
+    """Up to n boxes between two points drawn in an image of (width, height) that pass `filter_proposals` (Table 5c)."""
+    points = np.sort(rng.uniform(0, size, (20 * n, 2, 2)), axis=1)  # (low, high), (x, y)
+    return filter_proposals(points.reshape(-1, 4), size)[:n]
 
 
 PART = 64  # images whose boxes lie in one file until all are made
@@ -272,7 +262,7 @@ def make_proposals(path, source, device):
     parts = [folder / f"{k}.npz" for k in range(-(-len(source) // PART))]
 
     def write(k, file):
-        boxes = [objects(source, i) for i in range(k * PART, min((k + 1) * PART, len(source)))]
+        boxes = [objects(source, i) for i in range(len(source))[k * PART:(k + 1) * PART]]
         np.savez(file, boxes=np.concatenate(boxes), counts=[len(b) for b in boxes])
 
     common.make_files(f"proposals of {len(source)} images", len(parts), parts.__getitem__, write, device)
@@ -293,7 +283,7 @@ def objects(source, i):
     """What selective search finds in image i: [n, 4] float32; no box where it cannot be decoded."""
     try:
         photo = source.photo(i)
-        return keep_objects(selective_search(photo), photo.size).astype(np.float32)
+        return filter_proposals(selective_search(photo), photo.size).astype(np.float32)
     except common.Unreadable as error:
         print(f"cannot decode {source.name(i)} ({error}): no proposals", file=sys.stderr, flush=True)
         return np.zeros((0, 4), np.float32)
@@ -302,7 +292,7 @@ def objects(source, i):
 def save_proposals(path, source, boxes):
     """Write a proposals file: boxes, a list of [n, 4] xyxy in pixels of the upright image, for every image of `source`.
 
-    The file is an uncompressed .npz of `boxes` [M, 4]; `offsets` [N + 1], the boxes of image i being rows offsets[i] to
+    The file is an .npz of `boxes` [M, 4]; `offsets` [N + 1], the boxes of image i being rows offsets[i] to
     offsets[i + 1]; and `names` uint8, the path of each image below the folder, ended by a zero byte.
     """
     with common.whole(path) as file:
@@ -311,41 +301,29 @@ def save_proposals(path, source, boxes):
 
 
 def read_proposals(path, source):
-    """The Proposals of a file that `save_proposals` describes; exits with 2 where it is none, or of other images."""
+    """The Proposals of a file that `save_proposals` describes; exits with 2 if it is none, or of other images."""
     try:
         with np.load(path) as arrays:
-            offsets, names = arrays["offsets"], arrays["names"].tobytes()
-        boxes = mapped(path, "boxes")
-        sound = (boxes.shape[1:] == (4,) and boxes.dtype.kind in "iuf" and offsets.ndim == 1 and offsets.dtype.kind in "iu"
-                 and offsets[0] == 0 and offsets[-1] == len(boxes) and (offsets[1:] >= offsets[:-1]).all()
-                 and np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all())
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError, struct.error,
-            zipfile.BadZipFile) as error:
-        common.fail(f"--proposals {path} is no uncompressed .npz of boxes, offsets and names ({' '.join(str(error).split())})")
+            boxes, offsets, names = (arrays[name] for name in ("boxes", "offsets", "names"))
+        sound = (boxes.shape[1:] == (4,) and boxes.dtype.kind in "iuf" and np.isfinite(boxes).all()
+                 and (boxes[:, 2:] > boxes[:, :2]).all() and offsets.ndim == 1 and offsets.dtype.kind in "iu"
+                 and offsets[0] == 0 and offsets[-1] == len(boxes) and (offsets[1:] >= offsets[:-1]).all())
+    except Exception as error:  # a damaged file may raise anything
+        common.fail(f"--proposals {path} is no .npz of boxes, offsets and names ({' '.join(str(error).split())})")
     if not sound:
-        common.fail(f"--proposals {path} is not sound: `boxes` must be real numbers, [M, 4], with x1 < x2 and y1 < y2, and "
-                    "`offsets` whole numbers that rise from 0 to M")
+        common.fail(f"--proposals {path} is not sound: `boxes` must be real numbers, [M, 4], with x1 < x2 and y1 < y2, "
+                    "and `offsets` whole numbers that rise from 0 to M")
     if len(offsets) != len(source) + 1:
         common.fail(f"--proposals {path} has boxes of {len(offsets) - 1} images, but --data has {len(source)}")
-    if names != source.names.tobytes():
-        names, here = (x.decode(errors="replace").split("\0") for x in (names, source.names.tobytes()))
-        i = next(i for i, pair in enumerate(zip_longest(names, here)) if pair[0] != pair[1])
-        common.fail(f"--proposals {path} is of other images: number {i} is {names[i:i + 1]} there, {here[i:i + 1]} in --data")
+    if names.tobytes() != source.names.tobytes():
+        there, here = (x.tobytes().decode(errors="replace").split("\0") for x in (names, source.names))
+        i, name, ours = next((i, *pair) for i, pair in enumerate(zip_longest(there, here)) if pair[0] != pair[1])
+        common.fail(f"--proposals {path} is of other images: number {i} is {name!r} there, {ours!r} in --data")
     return Proposals(boxes, offsets)
 
 
-def mapped(path, name):
-    """Array `name` of an uncompressed .npz, memory-mapped: all processes and workers share its pages."""
-    with open(path, "rb") as file:
-        file.seek(zipfile.ZipFile(file).getinfo(f"{name}.npy").header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # over a name and an extra field
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
 class Proposals:
-    """proposals(photo, rng) gives the photo's boxes, [n, 4] xyxy pixels of the image."""
+    """proposals(photo, rng) gives the photo's boxes, [n, 4] xyxy pixels of the image; forked workers share them."""
 
     def __init__(self, boxes, offsets):
         self.boxes, self.offsets = boxes, offsets
@@ -378,24 +356,25 @@ def open_proposals(args, source, device):
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodgerblue"]
+COLORS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodgerblue"]
 
 
 def annotated(picture, boxes, labels, side):
-    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], one colour each, enlarged as one of `side` is to 256 or less."""
+    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], one color each, as much larger as `side` fits into 256."""
     factor = max(1, 256 // side)
     picture = F.interpolate(picture[None], scale_factor=factor)[0]
-    picture = draw_bounding_boxes(picture, boxes * factor, labels, [COLOURS[k % 8] for k in range(len(boxes))], width=2)
+    picture = draw_bounding_boxes(picture, boxes * factor, labels, [COLORS[k % 8] for k in range(len(boxes))], width=2)
     return F.pad(picture, (0, side * factor - picture.shape[2], 0, side * factor - picture.shape[1]))
 
 
 def save_views(path, model, batch):
-    """views.png: the views of a few images side by side, each in its size; a proposal has one colour, and its level."""
+    """views.png: the views of a few images side by side, each in its size; a proposal has one color, and its level."""
     columns, size = [], model.online.size
-    for i, colours in enumerate(model.photometric, start=1):
-        views, boxes = common.denormalised(colours(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
-        labels = [[f"P{2 + level}" for level in row] for row in assign_levels(boxes, size)]
-        labels = labels if model.online.detector == "fpn" else [None] * len(boxes)
+    for i, colors in enumerate(model.photometric, start=1):
+        views, boxes = common.denormalised(colors(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
+        labels = [None] * len(boxes)
+        if model.online.detector == "fpn" and model.online.levels:
+            labels = [[f"P{2 + level}" for level in row] for row in assign_levels(boxes, size)]
         columns.append(torch.stack([annotated(*row, size) for row in zip(views, boxes, labels)]))
     common.save_views(path, *columns)
 
@@ -422,11 +401,13 @@ def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--proposals", metavar="FILE.npz|random|whole",
-        help="a file of boxes, made where it is missing; boxes drawn at random (Table 5c); or the whole image (Table 4, "
+        help="a file of boxes, made if it is missing; boxes drawn at random (Table 5c); or the whole image (Table 4, "
              "with --detector c4) (default: OUT/proposals.npz; demo: the drawn objects' true boxes)")
     add("--prepare", action="store_true", help="make the proposals and a picture of some, and stop")
     add("--detector", choices=["fpn", "c4"], help="the detector to pre-train")
     add("--views", type=int, choices=[2, 3, 4], help="3: V1, V2, V3; 4: SoCo*; 2: no V3, as with --detector c4")
+    add("--no-head", action="store_true", help="FPN without the box head (Table 4)")
+    add("--no-levels", action="store_true", help="FPN whose boxes are pooled on all levels (Table 4)")
     add("--small-size", type=common.number(int, 16), help="side of V3 in pixels (default: half of --size)")
     add("--num-proposals", type=common.number(int, 1), help="K, the boxes of an image in a step")
     add("--jitter", type=common.number(float, 0, 1), help="probability of box jitter")
@@ -437,9 +418,13 @@ def arguments():
     args = parser.parse(lambda args: {**(WHOLE if args.proposals == "whole" else {}),
                                       **(C4 if args.detector == "c4" else {})})
     args.proposals = args.proposals or str(Path(args.out, "proposals.npz"))
-    args.small_size = args.small_size or args.size // 2
     if args.detector == "c4" and args.views > 2:
         common.fail("--detector c4 has the views V1 and V2 alone: leave --views out")
+    if args.detector == "c4" and (args.no_head or args.no_levels):
+        common.fail("--no-head and --no-levels are for --detector fpn")
+    if args.views == 2 and args.small_size:
+        common.fail("--small-size is the side of V3, and there is no V3 here: leave it out")
+    args.small_size = args.small_size or args.size // 2
     if args.proposals == "truth" and args.data is not None:
         common.fail("--proposals truth is for the drawn shapes: images of your own have no boxes yet")
     if args.proposals not in ("truth", "random", "whole") and not args.proposals.endswith(".npz"):
@@ -453,11 +438,6 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args, single=False)
-    common.seed_device(args.seed)
-    model = SoCo(args.arch, args.detector, args.views, args.size, args.hidden, args.dim)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=0.0, momentum=0.9,
-                            weight_decay=1e-5)
     file = Path(args.proposals)
     proposals, args.proposals = open_proposals(args, source, device)
     if args.prepare:
@@ -465,6 +445,12 @@ def main():
             save_figure_2(file.with_suffix(".png"), source, proposals)
             print(f"{file}: {args.proposals}, of {len(source)} images; some of them in {file.with_suffix('.png')}")
         return common.finish()
+    common.seed_device(args.seed)
+    model = SoCo(args.arch, args.detector, args.views, args.size, args.hidden, args.dim, not args.no_head,
+                 not args.no_levels)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=0.0, momentum=0.9,
+                            weight_decay=1e-5)
     run = common.Run(args, source, "soco", model, optimizer)
     sizes = [args.size, args.size, args.small_size, args.size * 6 // 7][:args.views]  # V4: 192 of 224
     views = partial(object_views, proposals=proposals, sizes=sizes, num_proposals=args.num_proposals,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
 from torch.utils.checkpoint import checkpoint
@@ -169,6 +170,16 @@ def by_level(pyramid, boxes, levels, size):
     return out
 
 
+def one_sheet(pyramid, boxes, levels, size):
+    """The levels below each other on one sheet, with borders that keep them apart, pooled in one call."""
+    width = pyramid[0].shape[3]
+    framed = [F.pad(p.float(), (1, 1, 1, 1), mode="replicate") for p in pyramid]
+    sheet = torch.cat([F.pad(p, (0, width + 2 - p.shape[3])) for p in framed], dim=2)
+    top = 1 + sum((levels > level) * p.shape[2] for level, p in enumerate(framed[:-1]))
+    offset = torch.stack([torch.ones_like(top), top], dim=-1).repeat(1, 1, 2)
+    return common.roi_align(sheet, boxes / (4 * 2 ** levels[..., None]) + offset, size, 1).to(pyramid[0].dtype)
+
+
 def all_levels(pyramid, boxes, levels, size):
     """What SoCo's authors released: every level pools every box, and three of the four are masked away."""
     pooled = [common.roi_align(p, boxes, size, 4 * 2 ** level) for level, p in enumerate(pyramid)]
@@ -199,12 +210,12 @@ def soco_step(how):
 
 
 def pyramid(args, folder):
-    """A SoCo step, pooling each box on its own level from one sheet, level by level, or all boxes on all levels."""
+    """A SoCo step, pooling each box with no area on other levels, from one sheet, level by level, or on all levels."""
     run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(soco_step, (how,))
-    figures = {how.__name__ if how else "sheet": run(how) for how in (None, by_level, all_levels)}
+    figures = {how.__name__ if how else "no area": run(how) for how in (None, one_sheet, by_level, all_levels)}
     for how, (took, memory) in figures.items():
-        print(f"pyramid: a SoCo step with {how}: {took:.2f} s, {took / figures['sheet'][0]:.2f} of sheet's; peak "
-              f"{memory:.0f} MB, {memory / figures['sheet'][1]:.2f} of sheet's")
+        print(f"pyramid: a SoCo step with {how}: {took:.2f} s, {took / figures['no area'][0]:.2f} of no area's; peak "
+              f"{memory:.0f} MB, {memory / figures['no area'][1]:.2f} of no area's", flush=True)
 
 
 def family_step(name):
@@ -289,34 +300,97 @@ def family(args, folder):
               f"{memory / figures['moco'][1]:.2f} of moco's")
 
 
-def proposals(args, folder):
-    """Selective search: images/s of a core, and the share of objects of 0.3 to 0.8 of the image side that a proposal
-    meets with IoU 0.5, beside as many random boxes."""
-    if args.scenes:
-        notes = json.loads(Path(args.scenes, "annotations.json").read_text())
-        source, truth = common.ImageFolder(Path(args.scenes, "images")), {}
-        number = {source.name(i): i for i in range(len(source))}
-        number = {image["id"]: number[image["file_name"]] for image in notes["images"]}
-        for note in notes["annotations"]:
-            x, y, w, h = note["bbox"]
-            truth.setdefault(number[note["image_id"]], []).append([x, y, x + w, y + h])
-    else:
+def search(photo, segments, histograms, scale, min_size):
+    """Selective search whose segments and histograms may be in two color spaces -> [n, 4] xyxy pixels of the image.
+
+    OpenCV has one space for both, so two are grouped by hand; of one space both ways find 97 % of each other's boxes.
+    """
+    if segments == histograms:
+        return soco.selective_search(photo, segments, scale, min_size)
+    import cv2
+    from cv2.ximgproc import segmentation as cv
+    image = photo.shrunk()
+    in_space = lambda space: image if space == "RGB" else cv2.cvtColor(image, getattr(cv2, f"COLOR_RGB2{space}"))
+    labels = cv.createGraphSegmentation(0.9, scale, min_size).processImage(in_space(segments))
+    size = np.bincount(labels.ravel()).tolist()
+    strategy = cv.createSelectiveSearchSegmentationStrategyMultiple(
+        cv.createSelectiveSearchSegmentationStrategyColor(), cv.createSelectiveSearchSegmentationStrategyTexture(),
+        cv.createSelectiveSearchSegmentationStrategySize(), cv.createSelectiveSearchSegmentationStrategyFill())
+    strategy.setImage(in_space(histograms), labels, np.array(size, np.int32)[:, None])
+    y, x = np.indices(labels.shape)
+    low, high = np.full((len(size), 2), max(labels.shape)), np.zeros((len(size), 2), int)
+    np.minimum.at(low, labels, np.stack([x, y], axis=-1))
+    np.maximum.at(high, labels, np.stack([x + 1, y + 1], axis=-1))
+    boxes = [tuple(box) for box in np.concatenate([low, high], axis=1).tolist()]
+    pairs = np.concatenate([np.stack([labels[:, :-1], labels[:, 1:]], axis=-1).reshape(-1, 2),
+                            np.stack([labels[:-1], labels[1:]], axis=-1).reshape(-1, 2)])
+    alike = {(a, b): strategy.get(a, b) for a, b in np.unique(np.sort(pairs), axis=0).tolist() if a != b}
+    found = set(boxes)
+    while alike:
+        a, b = max(alike, key=alike.get)
+        strategy.merge(a, b)                                             # b is now part of a
+        boxes[a] = (*map(min, boxes[a][:2], boxes[b][:2]), *map(max, boxes[a][2:], boxes[b][2:]))
+        found.add(boxes[a])
+        near = {c for pair in alike if a in pair or b in pair for c in pair} - {a, b}
+        alike = {pair: x for pair, x in alike.items() if a not in pair and b not in pair}
+        alike |= {(a, c): strategy.get(a, c) for c in near}
+    return np.array(sorted(found)) * np.tile(np.divide(photo.size, labels.shape[::-1]), 2)
+
+
+def true_boxes(scenes):
+    """(images, {i: boxes [n, 4] xyxy}) of a folder with images/ and COCO's annotations.json; of drawn scenes without one."""
+    if not scenes:
         source = common.Shapes(300, size=320)
-        truth = {i: source.scene(i)[1] for i in range(len(source))}
-    rng, hits, objects, kept, took = np.random.default_rng(0), np.zeros(2), 0, 0, 0.0
-    for i in range(min(len(source), 300)):
-        start = time.perf_counter()
-        found = soco.objects(source, i)
-        took, kept = took + time.perf_counter() - start, kept + len(found)
-        size, boxes = source.photo(i).size, np.array(truth.get(i, []), np.float64).reshape(-1, 4)
-        side = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / np.prod(size))
-        boxes = boxes[(side >= 0.3) & (side <= 0.8)]
-        objects += len(boxes)
-        for k, others in enumerate((found, soco.random_boxes(size, len(found), rng))):
-            iou = box_iou(torch.from_numpy(boxes), torch.from_numpy(others).double())
-            hits[k] += (iou.amax(dim=1) >= 0.5).sum().item() if len(boxes) else 0
-    print(f"proposals: {i + 1} images of about {size}, {(i + 1) / took:.1f} a second and core; {kept / (i + 1):.1f} proposals "
-          f"each; of {objects} objects {hits[0] / objects:.1%} found, {hits[1] / objects:.1%} by as many random boxes")
+        return source, {i: source.scene(i)[1] for i in range(len(source))}
+    notes = json.loads(Path(scenes, "annotations.json").read_text())
+    source, truth = common.ImageFolder(Path(scenes, "images")), {}
+    index = {source.name(i): i for i in range(len(source))}
+    index = {image["id"]: index[image["file_name"]] for image in notes["images"]}
+    for note in notes["annotations"]:
+        x, y, w, h = note["bbox"]
+        truth.setdefault(index[note["image_id"]], []).append([x, y, x + w, y + h])
+    return source, truth
+
+
+PAPERS, RELEASED = ("HSV", "HSV", 500, 10), ("RGB", "HSV", 300, 100)     # segments, histograms, scale, min_size
+MIXTURES = [PAPERS, ("RGB", "RGB", 500, 10), ("RGB", "HSV", 500, 10), ("HSV", "HSV", 300, 100), RELEASED]
+
+
+def proposals(args, folder):
+    """Selective search: seconds an image and core, proposals that pass the paper's filter, images without any; and of
+    objects of 0.3 to 0.8 of the image's side the share that a proposal meets with IoU 0.5, and of proposals the share that
+    meets an object, beside as many random boxes. In photographs (--images) nothing is known of objects."""
+    source, truth = (common.ImageFolder(args.images), {}) if args.images else true_boxes(args.scenes)
+    count = min(len(source), args.count)
+    for setting in MIXTURES:
+        rng, took, found, met, none, total = np.random.default_rng(0), 0.0, np.zeros(2), np.zeros(2), 0, 0
+        objects, kept = 0, 0
+        for i in range(count):
+            photo = source.photo(i)
+            start = time.perf_counter()
+            boxes = search(photo, *setting)
+            took += time.perf_counter() - start
+            w, h = (boxes[:, 2:] - boxes[:, :2]).T
+            scale = np.sqrt(w * h / np.prod(photo.size))
+            boxes = boxes[(1 / 3 <= w / h) & (w / h <= 3) & (0.3 <= scale) & (scale <= 0.8)]
+            kept, none = kept + len(boxes), none + (len(boxes) == 0)
+            here = np.array(truth.get(i, []), float).reshape(-1, 4)
+            side = np.sqrt((here[:, 2:] - here[:, :2]).prod(axis=1) / np.prod(photo.size))
+            here = here[(side >= 0.3) & (side <= 0.8)]
+            objects += len(here)
+            if len(here) and len(boxes):
+                for k, others in enumerate((boxes, soco.random_boxes(photo.size, len(boxes), rng))):
+                    hits = box_iou(torch.from_numpy(here), torch.from_numpy(others)) >= 0.5
+                    found[k] += hits.any(dim=1).sum().item()
+                    met[k] += hits.any(dim=0).sum().item()
+                total += len(boxes)
+        name = "segments in {}, histograms in {}, scale {}, min_size {}".format(*setting)
+        line = (f"proposals: {name}: {count} images, {took / count:.2f} s each; {kept / count:.1f} proposals each, {none} "
+                "images without any")
+        if objects:
+            line += (f"; of {objects} objects {found[0] / objects:.1%} found (as many random boxes: {found[1] / objects:.1%}), "
+                     f"of the proposals {met[0] / total:.1%} meet one (random: {met[1] / total:.1%})")
+        print(line, flush=True)
 
 
 def loss_memory(dim):
@@ -450,7 +524,8 @@ def step(args, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap count step")
-    parser.add_argument("--images", help="folder of images for `loader`")
+    parser.add_argument("--images", help="folder of images for `loader`, `proposals`")
+    parser.add_argument("--count", type=int, default=300, help="images for `proposals`, at most")
     parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
     parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()

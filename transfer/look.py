@@ -96,7 +96,7 @@ def open_proposals(args, source, device):
     kind = args.proposals or ("truth" if args.data is None else args.otherwise)
     if kind == "search":
         common.need_opencv("--proposals search", "--proposals random")
-        return lambda photo, rng: soco.keep_objects(soco.selective_search(photo), photo.size)
+        return lambda photo, rng: soco.filter_proposals(soco.selective_search(photo), photo.size)
     if kind in ("random", "truth"):
         return soco.open_proposals(argparse.Namespace(proposals=kind), source, device)[0]
     return soco.read_proposals(kind, source)
@@ -294,8 +294,8 @@ def proposals(args, device):
     source, size = open_images(args), args.size
     boxes_of, sizes = open_proposals(args, source, device), [size, size, size // 2, size * 6 // 7][:args.views]
     view = partial(proposed, proposals=boxes_of, sizes=sizes, num_proposals=args.num_proposals)
-    batch, inks = load(args, source, view, pick(args, source), device), soco.COLOURS * args.num_proposals
-    columns = {"proposals": [boxed(picture(x), ten[ten[:, 2] > 0] * (SIDE / size), inks + soco.COLOURS)
+    batch, inks = load(args, source, view, pick(args, source), device), soco.COLORS * args.num_proposals
+    columns = {"proposals": [boxed(picture(x), ten[ten[:, 2] > 0] * (SIDE / size), inks + soco.COLORS)
                              for x, ten in zip(batch["view"], batch["ten"])]}
     common.seed_device(args.seed)
     for i, side in enumerate(sizes, start=1):
