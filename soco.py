@@ -438,6 +438,12 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args, single=False)
+    common.seed_device(args.seed)
+    model = SoCo(args.arch, args.detector, args.views, args.size, args.hidden, args.dim, not args.no_head,
+                 not args.no_levels)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=0.0, momentum=0.9,
+                            weight_decay=1e-5)
     file = Path(args.proposals)
     proposals, args.proposals = open_proposals(args, source, device)
     if args.prepare:
@@ -445,12 +451,6 @@ def main():
             save_figure_2(file.with_suffix(".png"), source, proposals)
             print(f"{file}: {args.proposals}, of {len(source)} images; some of them in {file.with_suffix('.png')}")
         return common.finish()
-    common.seed_device(args.seed)
-    model = SoCo(args.arch, args.detector, args.views, args.size, args.hidden, args.dim, not args.no_head,
-                 not args.no_levels)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=0.0, momentum=0.9,
-                            weight_decay=1e-5)
     run = common.Run(args, source, "soco", model, optimizer)
     sizes = [args.size, args.size, args.small_size, args.size * 6 // 7][:args.views]  # V4: 192 of 224
     views = partial(object_views, proposals=proposals, sizes=sizes, num_proposals=args.num_proposals,

@@ -566,7 +566,7 @@ def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     (["--detector", "c4", "--views", "3"], "views V1 and V2 alone"), (["--detector", "c4", "--no-head"], "for --detector fpn"),
     (["--detector", "c4", "--small-size", "16"], "no V3"), (["--views", "2", "--small-size", "16"], "no V3"), (["--proposals", "truth"], "drawn shapes"),
     (["--proposals", "random", "--prepare"], "nothing to make"), (["--proposals", "randon"], "ends in .npz"),
-    (["--warmup", "inf"], "at least 0"), (["--batch-size", "1"], "at least 2"), (["--num-proposals", "0"], "at least 1"),
+    (["--warmup", "inf"], "from 0"), (["--batch-size", "1"], "at least 2"), (["--num-proposals", "0"], "1"),
     (["--proposals", "/proc/no/p.npz"], "cannot write /proc/no/p.npz"), (["--arch", "resnet51"], "unknown --arch")])
 def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, capsys, more, says):
     assert run(monkeypatch, *arguments(pictures, tmp_path, *more)) == 2
