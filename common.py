@@ -1623,7 +1623,10 @@ def make_files(label, count, path, write, device):
     if total(len(tasks)) != len(tasks) * world_size():  # all have looked before the first one writes
         fail(f"the processes see different {label}: put them where every node sees them")
     if tasks:
-        path(0).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path(0).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot write {path(0).parent}: {error.strerror}")
         lock(path(0).parent)
     mine = iter(DataLoader(Files(path, write, tasks[rank()::world_size()]), batch_size=None, num_workers=cores(),
                            worker_init_fn=deaf, multiprocessing_context="fork"))
