@@ -1,4 +1,4 @@
-"""Weights to start from: whatever --init takes is read as torchvision's plain modules would hold it, and runs nothing."""
+"""Weights to start from: what --init takes is read as torchvision's plain modules hold it, and runs nothing."""
 import argparse
 import json
 import os
@@ -69,7 +69,7 @@ def detectron2_style(name):
 
 @pytest.fixture(scope="session")
 def files(plain, tmp_path_factory):
-    """The path of a file of the plain network in any format, made when asked for; a target network has twice its weights."""
+    """The path of a file of the plain network in any format; a target network has twice its weights."""
     folder, made = tmp_path_factory.mktemp("released"), {}
     resnet = {name: x for name, x in plain[0].items() if not name.startswith("fc.")}
 
@@ -140,7 +140,7 @@ def unpickled(path):
 
 @torch.no_grad()
 def soco_forward(w, stages, n=""):
-    """SoCo's pyramid and head, in evaluation, by its authors' names: c2 to c5 -> (P2 to P5, a function of [m, C, 7, 7])."""
+    """SoCo's pyramid and head, in evaluation, by its authors' names: c2 to c5 -> (P2 to P5, the head)."""
     w = {name.removeprefix("module."): x for name, x in w.items()}
 
     def norm(name, x):
@@ -364,7 +364,7 @@ def test_socos_pyramid_and_head_come_out_of_detectron2s_file_too(tmp_path, monke
     assert not any(name.startswith("predictor") for name in changed)
 
 
-@pytest.mark.parametrize("arch", ["resnet34", "resnet101", "resnet152", "resnet50w2", "resnet18w0.25", "resnext50_32x8d"])
+@pytest.mark.parametrize("arch", ["resnet34", "resnet101", "resnet50w2", "resnet18w0.25", "resnext50_32x8d"])
 def test_the_arch_is_told_by_the_shapes(arch):
     with torch.device("meta"):
         tensors = {f"backbone.{name}": x for name, x in common.resnet(arch).state_dict().items()}
