@@ -31,6 +31,7 @@ from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -1006,19 +1007,24 @@ class Shapes:
         return image, np.array(boxes, np.float32).reshape(-1, 4), masks[keep], np.asarray(classes)[keep].astype(np.int64)
 
     def draw_all(self):
-        """Draw every picture now, on all cores, into memory that workers share, with `.boxes` and `.segments`.
+        """Draw every picture now, on all cores, into memory that workers share, with `.boxes`, `.classes` and `.segments`.
 
         By numpy alone: torch's threads do not outlive the fork, and an operation that waits for them waits for ever.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            pictures, self.boxes, segments = zip(*pool.imap(self.labelled, range(self.count), chunksize=64))
+            pictures, self.boxes, self.classes, segments = zip(*pool.imap(self.labelled, range(self.count), chunksize=64))
         self.pictures, self.segments = np.stack(pictures), np.stack(segments)
         return self
 
     def labelled(self, i):
-        """(image, boxes, label map uint8 [S, S]: 0 for the ground, k for object k) of picture i."""
-        image, boxes, masks, _ = self.scene(i)
-        return image, boxes, (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(axis=0).astype(np.uint8)
+        """(image, boxes, classes, label map uint8 [S, S]: 0 for the ground, k for object k) of picture i."""
+        image, boxes, masks, classes = self.scene(i)
+        segments = (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(axis=0).astype(np.uint8)
+        return image, boxes, classes, segments
+
+    def objects(self, i):
+        """Boxes [n, 4] and classes [n] of picture i, once all are drawn."""
+        return self.boxes[i], self.classes[i]
 
     def photo(self, i):
         return Photo(Image.fromarray(self.scene(i)[0] if self.pictures is None else self.pictures[i]), i)
@@ -1686,6 +1692,86 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, 
     votes = torch.zeros(len(val), len(classes), device=device).scatter_add_(1, label, torch.exp(best / temperature))
     backbone.train(training)
     return (votes.argmax(dim=1) == truth.to(device)).float().mean().item()
+
+
+# --- Object probe ----------------------------------------------------------------------------------------------------
+
+def lists(rows):
+    """Examples of different sizes as a batch: a list of each."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "index"}
+
+
+def pool_stages(stages, boxes):
+    """What detectors see of each box: {"c2": [n, C2 * 9], ..., "c5"}, RoIAlign to 3 x 3 cells. boxes: [k, 4] of each image."""
+    return {f"c{i}": torchvision.ops.roi_align(c.float(), boxes, 3, 0.5 ** i, aligned=True).flatten(1)
+            for i, c in enumerate(stages, start=2)}
+
+
+def object_view(photo, rng, source, size):
+    """An image made square, uint8 [3, size, size]; its boxes [k, 4] xyxy in pixels of the view, and their classes [k].
+
+    source.objects(i): boxes in pixels of image i, and classes.
+    """
+    boxes, classes = source.objects(photo.index)
+    view, = photo.cut([(0, 0, *photo.size)], [size])
+    boxes = boxes * np.tile(size / np.array(photo.size), 2)
+    return {"view": to_tensor(view), "boxes": torch.from_numpy(boxes).float(), "classes": torch.from_numpy(classes)}
+
+
+def box_features(encode, source, images, size, device, workers=0):
+    """{name: features [n, D]} as `encode(views, boxes)` gives them, and the classes [n], of all boxes of some images of `source`,
+    each image made square, `size` pixels a side."""
+    view = partial(object_view, source=source, size=size)
+    mine, found = list(images)[rank()::world_size()], []
+    batches = ([(0, int(i)) for i in mine[start:start + 64]] for start in range(0, len(mine), 64))
+    for batch in Loader(source, view, batches, workers, device, collate=lists):
+        rows = encode(torch.stack(batch["view"]), batch["boxes"])
+        found.append({name: x.cpu() for name, x in {**rows, "classes": torch.cat(batch["classes"])}.items()})
+    shares = [found]
+    if world_size() > 1:
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, found)
+    found = [rows for share in shares for rows in share]
+    features = {name: torch.cat([rows[name] for rows in found]).to(device) for name in found[0]}
+    return features, features.pop("classes")
+
+
+def ridge(x, y, x_val):
+    """Scores [M, K] of the rows of x_val [M, D] for each class, by ridge regression on the classes y [N, K], one-hot, of x [N, D].
+
+    The strength is the one whose fits without each row tell that row's class best: all of them follow from one decomposition.
+    """
+    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    x, x_val = (((rows - mean) / std).double() for rows in (x, x_val))
+    if x.shape[1] > len(x):                              # nothing can be learned outside of the span of the rows
+        span = torch.linalg.qr(x.T).Q
+        x, x_val = x @ span, x_val @ span
+    target = y.double()
+    prior = target.mean(dim=0)
+    power, axes = torch.linalg.eigh(x.T @ x)
+    z, best = x @ axes, (-1, None)
+    for strength in len(x) * 10.0 ** torch.arange(-4, 4):
+        inverse = 1 / (power.clamp(min=0) + strength)    # [D]
+        weight = inverse[:, None] * (z.T @ (target - prior))
+        leverage = 1 / len(x) + z ** 2 @ inverse         # [N]
+        fit = prior + z @ weight
+        left_out = target - (target - fit) / (1 - leverage)[:, None]
+        best = max(best, ((left_out.argmax(dim=1) == y.argmax(dim=1)).double().mean().item(), weight), key=lambda pair: pair[0])
+    return prior + x_val @ axes @ best[1]
+
+
+@torch.no_grad()
+def probe(backbone, train, val, size, device, workers=0):
+    """{"c2": accuracy in [0, 1], ..., "c5"}: of how many annotated boxes of `val` a linear classifier of a stage's features,
+    learned from those of `train`, tells the class."""
+    training, normalise = backbone.training, Photometric().to(device)
+    backbone.eval()
+    for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
+        dist.broadcast(buffer, src=0)
+    encode = lambda views, boxes: pool_stages(backbone(normalise(views)), boxes)
+    (x, y), (x_val, y_val) = (box_features(encode, source, range(len(source)), size, device, workers) for source in (train, val))
+    backbone.train(training)
+    return {name: (ridge(x[name], F.one_hot(y), x_val[name]).argmax(dim=1) == y_val).float().mean().item() for name in x}
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------

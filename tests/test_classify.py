@@ -1,4 +1,5 @@
 """transfer/classify.py: against scikit-learn, by hand, and the script as a user runs it."""
+import json
 from functools import partial
 from pathlib import Path
 
@@ -6,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.svm import LinearSVC
 
 import common
 import moco
-from conftest import in_processes, rows, run_script, weights, without_speed, write_pictures
+import soco
+from conftest import in_processes, rows, run_script, weights, without_speed, write_checkpoint, write_pictures, write_scenes
 from transfer import classify, convert
 
 run = partial(run_script, classify)
@@ -102,7 +104,7 @@ def test_top1_and_top5_are_those_counted_by_hand(pictures):
     hits = []
     for i in range(len(source)):
         with torch.no_grad():
-            scores = model(classify.example(source.photo(i), None, 32)["view"][None])[0]
+            scores = model.scores(classify.example(source.photo(i), None, 32)["view"][None])[0]
         hits.append([(scores > scores[labels[i]]).sum().item() < k for k in (1, 5)])
     assert [figures["top1"], figures["top5"]] == pytest.approx(np.mean(hits, axis=0).tolist()) and figures["top5"] > figures["top1"] > 0
 
@@ -189,6 +191,107 @@ def test_voc_is_read_with_several_classes_an_image_and_what_is_hard_to_say_left_
     assert "mAP" in (out := capsys.readouterr().out) and "accuracy" not in out
 
 
+# --- objects ---
+
+def slow_ridge(x, y, x_val, strengths):
+    """scikit-learn's, with every row left out in turn."""
+    mean, std = x.mean(dim=0), x.std(dim=0)
+    x, x_val, target = ((x - mean) / std).double().numpy(), ((x_val - mean) / std).double().numpy(), y.double().numpy()
+    hits = []
+    for strength in strengths:
+        hits.append(0)
+        for i in range(len(x)):
+            rest = np.arange(len(x)) != i
+            hits[-1] += Ridge(strength).fit(x[rest], target[rest]).predict(x[i:i + 1])[0].argmax() == target[i].argmax()
+    best = strengths[int(np.argmax(hits))]
+    return best, Ridge(best).fit(x, target).predict(x_val)
+
+
+@pytest.mark.parametrize("columns", [6, 200])
+def test_ridge_is_scikit_learns_with_the_strength_that_leaving_each_row_out_finds(blobs, columns):
+    (x, label), (x_val, _) = blobs
+    mix = torch.randn(20, columns, generator=torch.Generator().manual_seed(1))
+    x, label, x_val = x[:120] @ mix, label[:120], x_val @ mix
+    y = torch.nn.functional.one_hot(label)
+    best, expected = slow_ridge(x, y, x_val, [120 * 10.0 ** k for k in range(-4, 4)])
+    assert 120 * 1e-4 < best < 120 * 1e3                          # neither end: there was a choice
+    np.testing.assert_allclose(common.ridge(x, y, x_val), expected, rtol=1e-3, atol=1e-4)
+
+
+def features_of_scenes(folder):
+    source = classify.Annotated(Path(folder, "images"), Path(folder, "notes.json"), training=True)
+    backbone = tiny_backbone()
+    encode = lambda views, boxes: common.pool_stages(backbone(common.Photometric()(views)), boxes)
+    with torch.no_grad():
+        rows, classes = common.box_features(encode, source, range(len(source)), 64, CPU)
+    order = np.lexsort(rows["c2"].numpy().round(3).T)
+    return [rows[f"c{i}"].numpy()[order] for i in (2, 3, 4, 5)], classes.numpy()[order]
+
+
+def test_boxes_are_pooled_at_every_stage_where_they_are_and_in_two_processes_too(tmp_path):
+    """Pictures twice as wide as high, so that the two directions scale apart, against each stage cut out by `roi_align`."""
+    folder = write_scenes(tmp_path / "scenes", 5)
+    shapes, backbone, expected = common.Shapes(5, 64), tiny_backbone(), {i: [] for i in range(4)}
+    notes = (folder / "notes.json").read_text().replace('"width": 64', '"width": 128')
+    notes = json.loads(notes)
+    for note in notes["annotations"]:
+        note["bbox"] = [2 * note["bbox"][0], note["bbox"][1], 2 * note["bbox"][2], note["bbox"][3]]
+    (folder / "notes.json").write_text(json.dumps(notes))
+    truth = []
+    for i in range(5):
+        image, boxes, _, classes = shapes.scene(i)
+        Image.fromarray(image).resize((128, 64), Image.Resampling.NEAREST).save(folder / "images" / f"{i}.png")
+        view, = common.Photo(Image.open(folder / "images" / f"{i}.png"), 0).cut([(0, 0, 128, 64)], [64])
+        with torch.no_grad():
+            for k, c in enumerate(backbone(common.Photometric()(common.to_tensor(view)[None]))):
+                expected[k] += common.roi_align(c, torch.from_numpy(boxes)[None], 3, 4 * 2 ** k).flatten(1).tolist()
+        truth += classes.tolist()
+    for rows, classes in [features_of_scenes(folder), *in_processes(2, features_of_scenes, str(folder))]:
+        order = np.lexsort(np.array(expected[0]).round(3).T)
+        assert classes.tolist() == np.array(truth)[order].tolist()
+        for k in range(4):
+            np.testing.assert_allclose(rows[k], np.array(expected[k])[order], atol=1e-4)
+
+
+def write_soco(path):
+    torch.manual_seed(0)
+    model = soco.SoCo("resnet18w0.125", "fpn", size=48, hidden=8, dim=8)
+    return write_checkpoint(path, "soco", model, "resnet18w0.125"), model.online.eval()
+
+
+def test_socos_pyramid_and_head_are_those_of_its_pre_training(tmp_path):
+    path, online = write_soco(tmp_path / "last.pt")
+    network = classify.Network(settings(init=str(path), part="online", arch=None, size=48)).eval()
+    view = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    boxes = [torch.tensor([[3., 4, 15, 14], [0, 0, 48, 40]]), torch.tensor([[5., 5, 44, 30]])]
+    seen = {}
+    online.head.register_forward_hook(lambda module, x, output: seen.setdefault("head", output))
+    with torch.no_grad():
+        rows = network(view, boxes)
+        for k in range(2):
+            seen.clear()
+            online(common.Photometric()(view[k:k + 1]), boxes[k][None])
+            mine = slice(0, 2) if k == 0 else slice(2, 3)
+            torch.testing.assert_close(rows["head"][mine], seen["head"], atol=1e-5, rtol=1e-4)
+    assert list(rows) == ["c2", "c3", "c4", "c5", "pyramid", "head"] and len({len(x) for x in rows.values()}) == 1
+
+
+def test_objects_of_annotated_images_and_of_drawn_shapes_fill_a_table(tmp_path, monkeypatch, capsys):
+    path, _ = write_soco(tmp_path / "last.pt")
+    for part, count in (("train", 60), ("val", 40)):
+        folder = write_scenes(tmp_path / part, count, seed=len(part))
+    flags = ["--train", *[tmp_path / "train" / x for x in ("images", "notes.json")],
+             "--val", *[tmp_path / "val" / x for x in ("images", "notes.json")]]
+    monkeypatch.setattr(classify, "SHAPES", dict(size=48, unlabeled=64, train=150, val=100))
+    for protocol in (flags, []):
+        assert run(monkeypatch, "--init", path, "--protocol", "objects", *protocol, "--boxes", 300, "--out", tmp_path / "out") == 0
+        title, header, accuracy, precision = capsys.readouterr().out.splitlines()
+        assert header.split() == ["c2", "c3", "c4", "c5", "pyramid", "head"] and "12 classes" in title
+        assert accuracy.split()[0] == "accuracy" and precision.split()[0] == "mAP"
+    assert json.loads((tmp_path / "out" / "objects.json").read_text())["c2"]["accuracy"] == pytest.approx(
+        float(accuracy.split()[1][:-1]) / 100, abs=1e-3)
+
+
 # --- tables ---
 
 def test_knn_shows_what_the_monitor_says_of_each_stage(pictures, monkeypatch, capsys):
@@ -221,10 +324,8 @@ def everything(folder, out):
         sys.argv = [str(v) for v in ("classify.py", *TINY, "--data", folder, "--protocol", protocol, "--epochs", 1, "--lr", 0.1,
                                      "--print-every", 1, "--out", f"{out}/{protocol}{common.world_size()}")]
         args = classify.arguments()
-        train, val, labels, classes = classify.open_labelled(args)
         common.seed_device(args.seed)
-        backbone = convert.backbone(args, common.SyncBatchNorm)
-        classify.train(args, train, val, labels, classes, backbone, CPU)
+        classify.classify_images(args, convert.backbone(args, common.SyncBatchNorm), CPU)
         common.barrier()
         logs.append([(row["step"], row.get("loss", row.get("top1"))) for row in rows(f"{out}/{protocol}{common.world_size()}")])
     return x.numpy(), at.tolist(), logs

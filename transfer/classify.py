@@ -1,14 +1,20 @@
-"""How good are frozen features? Linear probe, SVMs and nearest neighbours on labelled images; and fine-tuning.
+"""How good are frozen features? Object probe, linear probe, SVMs and nearest neighbors on labeled images; and fine-tuning.
 
+    python transfer/classify.py --init runs/soco/last.pt --protocol objects --train IMAGES JSON --val IMAGES JSON
+    python transfer/classify.py --init runs/soco/last.pt --protocol objects                   the same on drawn shapes
+    python transfer/classify.py --init random --arch resnet18 --protocol supervised           its ceiling: learned from labels
     python transfer/classify.py --init runs/moco/last.pt --data /imagenet                     linear probe of c5 (MoCo Sec. 4.1)
     python transfer/classify.py --init random --data DIR --protocol knn                       c2 to c5 beside each other
     python transfer/classify.py --init runs/detco/last.pt --data VOC2007 --protocol svm       DetCo Table 2, DUPR Table 6
     python transfer/classify.py --init resnet50.pth --data DIR --protocol finetune            end to end (MoCo A.6, A.7)
     torchrun --nproc_per_node=8 transfer/classify.py ...                                      the same, sooner
 
-DIR has train/ and val/ with a folder for each class; svm takes VOC2007 as it is, too. knn and svm print a table. linear and
-finetune write last.pt and log.jsonl to --out; the same command again goes on where it stopped.
+objects asks what detection asks of features: of which class is the object in a box? Each box of COCO's annotations is pooled
+from every stage, and with SoCo's weights from its pyramid and its head. DIR has train/ and val/ with a folder for each class;
+svm takes VOC2007 as it is, too. objects, supervised, knn and svm print a table and write it to --out. linear, finetune and
+supervised write last.pt and log.jsonl there; the same command again goes on where it stopped.
 """
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,11 +28,15 @@ from PIL import ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+import soco  # noqa: E402
 from transfer import convert  # noqa: E402
+from transfer.detect import Annotated  # noqa: E402
 
 DEFAULTS = dict(  # the linear probe of MoCo Sec. 4.1; lr is for 256 images a step
-    protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8], print_every=50)
+    protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8], print_every=50, boxes=5000)
 FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # lr 0.03 from a checkpoint, 0.1 from nothing (A.7); drops of A.6
+OBJECTS = ("objects", "supervised")
+SHAPES = dict(size=48, unlabeled=8192, train=1200, val=400)  # drawn pictures: what the demos pre-train on, and the probe's
 
 POOL = {2: 6, 3: 4, 4: 3, 5: 2}                # svm pools a stage to so many cells a side: about 9000 numbers of a ResNet-50
 COSTS = [2.0 ** k for k in range(-19, 8, 2)]   # an SVM's, to choose from
@@ -100,7 +110,13 @@ class Classifier(nn.Module):
             self.backbone.eval()
         return self
 
-    def forward(self, view):
+    def forward(self, batch):
+        """batch: view [N, 3, S, S] uint8, label [N] -> the cross-entropy and its stats."""
+        scores = self.scores(batch["view"])
+        accuracy = (scores.detach().argmax(dim=1) == batch["label"]).float().mean()
+        return F.cross_entropy(scores, batch["label"]), {"accuracy": accuracy}
+
+    def scores(self, view):
         """[N, 3, S, S] uint8 -> scores [N, classes], float32."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             c = self.backbone(self.normalise(view), self.stages)[-1]      # [N, C, H, W]
@@ -117,7 +133,7 @@ def evaluate(model, source, labels, args, device):
     counts = torch.zeros(3, dtype=torch.long, device=device)
     for batch in common.Loader(source, partial(example, size=args.size, labels=labels), batches, args.workers, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            scores = model(batch["view"])
+            scores = model.scores(batch["view"])
         own = (batch["at"] == batch["index"])[:, None]                                    # not what stands in for another
         hits = (scores.topk(min(5, scores.shape[1])).indices == batch["label"][:, None]) & own  # [N, 5]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), own.sum()])
@@ -128,14 +144,13 @@ def evaluate(model, source, labels, args, device):
     return {"top1": top1 / count, "top5": top5 / count}
 
 
-def train(args, source, val, labels, classes, backbone, device):
-    """linear and finetune: the loop, with a row of `evaluate` each epoch."""
-    model = Classifier(backbone, args.stage, classes, args.protocol == "linear")
+def train(args, source, model, views, device, collate=None, judge=None):
+    """The loop of all that is trained here; judge() gives a row of figures for the log after each epoch. Returns the run."""
     model.to(device, memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = common.Run(args, source, "classify", model, optimizer)
-    batches = run.batches(partial(example, size=args.size, labels=labels[0], augment=True), device)
+    batches = run.batches(views, device, collate)
     ddp = common.parallel(model, device)
 
     for batch in batches:
@@ -143,19 +158,27 @@ def train(args, source, val, labels, classes, backbone, device):
         lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total, drops=args.drops)
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            scores = ddp(batch["view"])
-        loss = F.cross_entropy(scores, batch["label"])
+            loss, stats = ddp(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         run.step += 1
         if run.step % args.print_every == 0:
-            run.log(loss, {"accuracy": (scores.detach().argmax(dim=1) == batch["label"]).float().mean()}, lr)
-        if run.step % run.steps_per_epoch == 0:
-            run.write(evaluate(model, val, labels[1], args, device))
+            run.log(loss, stats, lr)
+        if judge and run.step % run.steps_per_epoch == 0:
+            run.write(judge())
             run.restart_clock()
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
+    return run
+
+
+def classify_images(args, backbone, device):
+    """linear and finetune, with a row of `evaluate` each epoch."""
+    source, val, labels, classes = open_labelled(args)
+    model = Classifier(backbone, args.stage, classes, args.protocol == "linear")
+    views = partial(example, size=args.size, labels=labels[0], augment=True)
+    run = train(args, source, model, views, device, judge=lambda: evaluate(model, val, labels[1], args, device))
     tested = [row for row in run.rows() if "top1" in row] if common.rank() == 0 else []
     if tested:
         best, last = max(row["top1"] for row in tested), tested[-1]
@@ -256,54 +279,166 @@ def svm(x, y, x_val, y_val, single):
     return {**figures, "cost": cost.median().item()}
 
 
+# --- Objects ---------------------------------------------------------------------------------------------------------
+
+def open_objects(args):
+    """(images to learn from, images to judge by, number of classes), with `.objects(i)`: annotated ones, or the drawn shapes."""
+    if not args.train:
+        train, val = (common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all() for k, part in ((1, "train"), (2, "val")))
+        return train, val, len(common.KINDS)
+    train, val = Annotated(*args.train, training=True), Annotated(*args.val, training=False)
+    if train.classes != val.classes:
+        common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}")
+    return train, val, len(train.classes)
+
+
+class Network(nn.Module):
+    """What --init names: the backbone, and of SoCo with FPN, or drawn at random, pyramid and box head."""
+
+    def __init__(self, args):
+        super().__init__()
+        tensors = convert.initial(args)
+        encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)
+        self.backbone, self.fpn, self.head, self.size = encoder.backbone, encoder.fpn, encoder.head, args.size
+        fits = {name: x for name, x in tensors.items() if name.partition(".")[0] in ("backbone", "fpn", "head")}
+        self.load_state_dict(fits, strict=False)
+        self.detects = not tensors or any(name.startswith("head.") for name in tensors)
+        self.normalize = common.Photometric()
+
+    def forward(self, views, boxes):
+        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: what each part sees of n boxes in all. views: [N, 3, S, S] uint8; boxes:
+        [k, 4] of each, in its pixels."""
+        stages = self.backbone(self.normalize(views))
+        rows = common.pool_stages(stages, boxes)
+        if self.detects:
+            pyramid = list(self.fpn(dict(enumerate(stages))).values())
+            padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)                   # [N, K, 4]
+            real = torch.cat([torch.arange(padded.shape[1], device=views.device) < len(own) for own in boxes])  # [N*K]
+            levels = soco.assign_levels(padded, self.size)
+            pooled = {side: soco.pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7)}
+            rows |= {"pyramid": pooled[3].flatten(1).float(), "head": self.head(pooled[7]).float()}
+        return rows
+
+
+class Supervised(nn.Module):
+    """The ceiling of `objects`: the same features, learned from labels, each stage with a linear classifier of its own."""
+
+    def __init__(self, backbone, classes):
+        super().__init__()
+        self.backbone = backbone
+        self.fc = nn.ModuleList(nn.Linear(9 * channels, classes) for channels in backbone.channels)
+        self.photometric = common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2)
+
+    def forward(self, batch):
+        """batch: as `common.object_view` makes them -> the mean cross-entropy of the stages, and their accuracies."""
+        stages, label = self.backbone(self.photometric(torch.stack(batch["view"]))), torch.cat(batch["classes"])
+        scores = [fc(x) for fc, x in zip(self.fc, common.pool_stages(stages, batch["boxes"]).values())]
+        hits = [(x.detach().argmax(dim=1) == label).float().mean() for x in scores]
+        return sum(F.cross_entropy(x, label) for x in scores) / 4, {f"c{i}": x for i, x in enumerate(hits, start=2)}
+
+
+def some(source, boxes, rng):
+    """Images of `source`, drawn at random, that have `boxes` boxes, or all."""
+    order = rng.permutation(len(source))
+    counts = np.cumsum([len(source.objects(i)[1]) for i in order])
+    return order[:np.searchsorted(counts, boxes) + 1]
+
+
+def objects(args, device):
+    """objects, and supervised, which trains first."""
+    source, val, classes = open_objects(args)
+    network = Network(args)
+    if args.protocol == "supervised":
+        images = source if args.train else common.Shapes(SHAPES["unlabeled"], SHAPES["size"], args.seed).draw_all()
+        views = partial(common.object_view, source=images, size=args.size)
+        run = train(args, images, Supervised(network.backbone, classes), views, device, common.lists)
+        network.detects = False
+        if run.step < run.total:
+            return
+    network.to(device, memory_format=torch.channels_last).eval()
+    rng, parts = np.random.default_rng(args.seed), {}
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        (x, y), (x_val, y_val) = (common.box_features(network, images, some(images, args.boxes, rng), args.size, device, args.workers)
+                                  for images in (source, val))
+    y, y_val = F.one_hot(y, classes), F.one_hot(y_val, classes)
+    for name in x:
+        scores = common.ridge(x[name], y, x_val[name])
+        parts[name] = {"accuracy": (scores.argmax(dim=1) == y_val.argmax(dim=1)).float().mean().item(),
+                       "mAP": average_precision(scores, 2 * y_val - 1).nanmean().item()}
+    table(args, f"{args.init}, {len(y)} boxes to learn from, {len(y_val)} to judge by, {classes} classes "
+                f"({y_val.float().mean(dim=0).max():.1%} are of the most frequent)", parts)
+
+
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-def table(title, stages):
-    """{stage: {name: figure}} as lines, a column a stage."""
-    if common.rank() == 0:
-        print(title)
-        print(" " * 10 + "".join(f"{f'c{stage}':>9}" for stage in stages))
-        for name in next(iter(stages.values())):
-            cells = (figures[name] for figures in stages.values())
-            print(f"{name:10}" + "".join(f"{x:9.2g}" if name == "cost" else f"{x:9.1%}" for x in cells))
+def table(args, title, parts):
+    """{part of the network: {name: figure}} as lines, a column a part; and as a file in --out."""
+    if common.rank() > 0:
+        return
+    print(title)
+    print(" " * 10 + "".join(f"{part:>9}" for part in parts))
+    for name in next(iter(parts.values())):
+        cells = (figures[name] for figures in parts.values())
+        print(f"{name:10}" + "".join(f"{x:9.2g}" if name == "cost" else f"{x:9.1%}" for x in cells))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with common.whole(Path(args.out, f"{args.protocol}.json")) as file:
+        file.write(json.dumps({"title": title, **parts}).encode())
 
 
 def arguments():
     parser = common.Parser(__doc__, DEFAULTS)
     convert.add_init(parser)
     add = parser.own.add_argument
-    add("--data", metavar="DIR", required=True, help="train/ and val/ with a folder for each class; svm: or VOC2007")
-    add("--protocol", choices=["linear", "svm", "knn", "finetune"], help="how the features are judged")
-    add("--size", type=common.number(int, 32), help="side of a view in pixels")
+    add("--data", metavar="DIR", help="train/ and val/ with a folder for each class; svm: or VOC2007")
+    add("--train", nargs=2, metavar=("IMAGES", "JSON"), help="of objects: folder, and COCO annotations of images below it")
+    add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to judge by (default of both: drawn shapes)")
+    add("--protocol", choices=["objects", "supervised", "linear", "svm", "knn", "finetune"], help="how the features are judged")
+    add("--size", type=common.number(int, 32), help="side of a view in pixels; 48 for the drawn shapes")
+    add("--boxes", type=common.number(int, 1), help="of objects: annotated boxes to learn from, and to judge by, at most")
     add("--stage", type=int, choices=[2, 3, 4, 5], help="whose output is classified; svm and knn show all")
-    add("--weight-decay", type=common.number(float, 0), help="1e-4 in finetune")
+    add("--weight-decay", type=common.number(float, 0), help="1e-4 in finetune and supervised")
     add("--drops", type=common.number(float, 0, 1), nargs="+",
-        help="when the learning rate falls to a tenth, in shares of the run; 0.7 0.9 in finetune")
-    return parser.parse(lambda args: {} if args.protocol != "finetune" else
-                        {**FINETUNE, "lr": 0.1 if args.init == "random" else 0.03})
+        help="when the learning rate falls to a tenth, in shares of the run; 0.7 0.9 in finetune and supervised")
+
+    def variant(args):
+        changed = dict(size=SHAPES["size"]) if args.protocol in OBJECTS and not args.train else {}
+        if args.protocol in ("finetune", "supervised"):
+            changed |= {**FINETUNE, "lr": 0.03 if args.protocol == "finetune" and args.init != "random" else 0.1}
+        return changed
+
+    args = parser.parse(variant)
+    if args.protocol in OBJECTS and bool(args.train) != bool(args.val):
+        common.fail("--train and --val go together: images to learn from, and others to judge by")
+    if args.protocol not in OBJECTS and args.data is None:
+        common.fail(f"--protocol {args.protocol} needs --data DIR")
+    return args
 
 
 def main():
     device = common.init_distributed()
     args = arguments()
-    source, val, labels, classes = open_labelled(args)
     common.seed_device(args.seed)
+    if args.protocol in OBJECTS:
+        objects(args, device)
+        return common.finish()
     backbone = convert.backbone(args, common.SyncBatchNorm)
     if args.protocol in ("linear", "finetune"):
-        train(args, source, val, labels, classes, backbone, device)
+        classify_images(args, backbone, device)
         return common.finish()
+    source, val, labels, classes = open_labelled(args)
     backbone.to(device, memory_format=torch.channels_last).eval()
     title = f"{args.init}, {len(source)} images to learn from, {len(val)} to judge by, {classes} classes"
     stages = {}
     for stage in (2, 3, 4, 5):
         if args.protocol == "knn":
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                stages[stage] = {"kNN": common.knn(backbone, source, val, args.size, device, args.workers, stage=stage)}
+                accuracy = common.knn(backbone, source, val, args.size, device, args.workers, stage=stage)
+            stages[f"c{stage}"] = {"kNN": accuracy}
             continue
         (x, at), (x_val, at_val) = (pooled(backbone, images, stage, args, device) for images in (source, val))
         truth = (source.truth, val.truth) if labels is None else [2 * F.one_hot(label, classes) - 1 for label in labels]
-        stages[stage] = svm(x, truth[0].to(device)[at], x_val, truth[1].to(device)[at_val], single=labels is not None)
-    table(title, stages)
+        stages[f"c{stage}"] = svm(x, truth[0].to(device)[at], x_val, truth[1].to(device)[at_val], single=labels is not None)
+    table(args, title, stages)
     common.finish()
 
 

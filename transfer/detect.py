@@ -87,6 +87,19 @@ class Annotated(common.ImageFolder):
         """[width, height, objects] of image i, as the file has them."""
         return json.loads(self.notes[self.note_ends[i]:self.note_ends[i + 1]])
 
+    def photo(self, i):
+        photo, (width, height, _) = super().photo(i), self.note(i)
+        if (width or photo.size[0], height or photo.size[1]) != photo.size:
+            raise common.Unreadable(f"it has {photo.size[0]} x {photo.size[1]} pixels, its annotations {width} x {height}")
+        return photo
+
+    def objects(self, i):
+        """Boxes [n, 4] xyxy in pixels of image i, and their classes [n], counted in the order of `classes`."""
+        notes, order = self.note(i)[2], list(self.classes)
+        boxes = np.array([note["bbox"] for note in notes], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]                                                      # x, y, w, h -> x1, y1, x2, y2
+        return boxes, np.array([order.index(note["category_id"]) for note in notes], np.int64)
+
     def identity(self):
         return {**super().identity(), "annotations": zlib.crc32(self.notes), "classes": list(self.classes.values())}
 
@@ -94,16 +107,11 @@ class Annotated(common.ImageFolder):
 def example(photo, rng, source, masks=False, keypoints=False, flip=False):
     """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is the
     ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
-    width, height, objects = source.note(photo.index)
-    if (width or photo.size[0], height or photo.size[1]) != photo.size:
-        raise common.Unreadable(f"it has {photo.size[0]} x {photo.size[1]} pixels, its annotations {width} x {height}")
-    order = list(source.classes)
-    boxes = np.array([note["bbox"] for note in objects], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]                                                          # x, y, w, h -> x1, y1, x2, y2
+    (boxes, classes), objects = source.objects(photo.index), source.note(photo.index)[2]
     boxes = boxes.clip(0, np.tile(np.float32(photo.size), 2))
     seen = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
     batch = {"image": common.to_tensor(photo.decode()), "boxes": torch.from_numpy(boxes[seen]), "at": torch.tensor(photo.index),
-             "labels": torch.tensor([1 + order.index(objects[i]["category_id"]) for i in seen], dtype=torch.long)}
+             "labels": torch.from_numpy(1 + classes[seen])}
     try:
         if masks:
             drawn = [decode(objects[i]["segmentation"], photo.size) for i in seen]
@@ -128,11 +136,6 @@ def mirrored(batch, names):
         points = batch["keypoints"][:, [names.index(twin(name)) if twin(name) in names else k for k, name in enumerate(names)]]
         batch["keypoints"] = torch.stack([width - points[..., 0], points[..., 1], points[..., 2]], dim=-1)
     return batch
-
-
-def lists(rows):
-    """Examples of different sizes as a batch: a list of each."""
-    return {name: [row[name] for row in rows] for name in rows[0] if name != "index"}
 
 
 # --- Detectors -------------------------------------------------------------------------------------------------------
@@ -265,7 +268,7 @@ def evaluate(detector, source, truth, args, device):
     detector.eval()
     found, classes = {}, list(source.classes)
     batches = ([(0, i)] for i in range(common.rank(), len(source), common.world_size()))
-    for batch in common.Loader(source, partial(example, source=source), batches, args.workers, device, collate=lists):
+    for batch in common.Loader(source, partial(example, source=source), batches, args.workers, device, collate=common.lists):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             output, = detector([x.float() / 255 for x in batch["image"]])
         image = int(batch["at"][0])  # one that stands in for an undecodable one counts once
@@ -358,7 +361,7 @@ def main():
     if common.rank() == 0 and run.step == 0:
         print(f"filled: {filled}; new: {new}")
     views = partial(example, source=source, masks=masks, keypoints=keypoints, flip=True)
-    batches = run.batches(views, device, lists)
+    batches = run.batches(views, device, common.lists)
     ddp = common.parallel(model, device)
 
     def judge():
