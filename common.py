@@ -1536,9 +1536,17 @@ class Run:
                     "data_wait": round((self.loader.waited - waited) / took, 3)})
 
     def monitor(self, backbone, pair, device, stage=5):
-        """A row with the kNN accuracy of a stage of `backbone` on (train, val)."""
+        """A row with the kNN accuracy of a stage of `backbone` on (train, val); of drawn shapes, before the first step and after
+        the last, with the object probe of every stage."""
+        drawn = isinstance(pair[0], Shapes)
+        if drawn and self.step not in (0, self.total):
+            return
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
-            self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers, stage=stage)})
+            if drawn:
+                figures = probe(backbone, *pair, pair[0].size, device, self.args.workers)
+                self.write({f"probe_{name}": x for name, x in figures.items()})
+            else:
+                self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers, stage=stage)})
         self.restart_clock()
 
     def write(self, values):
@@ -1563,6 +1571,10 @@ class Run:
         figures = [f"{name} {np.mean(values):.3g} ({notes[name]})" for name, values in stats.items() if values]
         if knns:
             figures += [f"kNN {knns[-1]:.1%}" + (f" (untrained {knns[0]:.1%})" if "knn" in rows[0] else "")]
+        probes = [{name: row[f"probe_{name}"] for name in ("c2", "c3", "c4", "c5")} for row in rows if "probe_c2" in row]
+        if len(probes) == 2:
+            best = max(probes[1], key=probes[1].get)
+            figures += [f"objects told by {best} {probes[1][best]:.1%} (untrained {probes[0][best]:.1%})"]
         if rank() == 0:
             say(f"step {self.step} of {self.total}: {', '.join(figures)}")
 
@@ -1761,6 +1773,7 @@ def ridge(x, y, x_val):
 
 
 @torch.no_grad()
+@exact_products()
 def probe(backbone, train, val, size, device, workers=0):
     """{"c2": accuracy in [0, 1], ..., "c5"}: of how many annotated boxes of `val` a linear classifier of a stage's features,
     learned from those of `train`, tells the class."""
@@ -1797,7 +1810,7 @@ class Parser(argparse.ArgumentParser):
                 "or SoCo released, torchvision's ResNet, Detectron2's .pkl (default: random)")
             add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
             add("--size", type=number(int, 32, 8192), help="side of a view in pixels, 32 or more: the network's stride")
-            add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
+            add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: object probe)")
             add("--compile", action="store_true", help="torch.compile the model")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
             help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
@@ -1884,13 +1897,13 @@ def cores():
 
 
 def open_data(args, single=True):
-    """The images to train on, and the pair to monitor with or None: of folders, or shapes where no --data is given.
+    """The images to train on, and the pair to monitor with or None: of folders, or shapes if no --data is given.
 
     `single`: one object in a drawn picture to train on, or several.
     """
-    shapes = lambda count, seed, single=True: Shapes(count, 48, args.seed + seed, single).draw_all()
+    shapes = lambda count, seed, single: Shapes(count, 48, args.seed + seed, single).draw_all()
     if args.data is None:
-        source, pair = shapes(8192, 0, single), (shapes(3072, 1), shapes(768, 2))
+        source, pair = shapes(8192, 0, single), (shapes(1200, 1, False), shapes(400, 2, False))
     else:
         train = Path(args.data, "train")
         source, pair = ImageFolder(train if args.data and train.is_dir() else args.data), None

@@ -283,11 +283,11 @@ def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
 def test_without_data_the_demo_trains_on_drawn_shapes(tmp_path, monkeypatch):
     assert run(monkeypatch, "--out", tmp_path, "--max-steps", 2, "--print-every", 1) == 0
     log = rows(tmp_path)
-    assert [sorted(row.keys() & {"knn", "loss"}) for row in log] == [["knn"], ["loss"], ["loss"]]
+    assert [sorted(row.keys() & {"probe_c2", "loss"}) for row in log] == [["probe_c2"], ["loss"], ["loss"]]
     settings = torch.load(tmp_path / "last.pt", weights_only=True)["settings"]
     assert {name: settings[name] for name in moco.DEMO if name != "print_every"} == {
         name: value for name, value in moco.DEMO.items() if name != "print_every"}
-    assert log[0]["knn"] < 0.35  # 12 classes, untrained
+    assert log[0]["probe_c5"] < 0.35  # 12 classes, untrained
 
 
 @pytest.mark.parametrize("change, says", [

@@ -30,6 +30,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -142,8 +143,8 @@ def mirrored(batch, names):
 
 def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), rois=512):
     """torchvision's detector with trained norms, over all processes, in backbone, FPN and box head. size: range of the shorter
-    side in training, in pixels; tests are at the larger. rois: those of an image that train the box head. A backbone
-    narrower than ResNet's has a detector as much narrower."""
+    side in training, in pixels; tests are at the larger, and a box's pyramid level is that of its size at 800. rois: those of an
+    image that train the box head. A backbone narrower than ResNet's has a detector as much narrower."""
     norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
     channels = round(256 * min(1.0, network.width))
@@ -165,13 +166,16 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
         box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [4 * channels], norm_layer=norm)
     else:
         box_head = TwoMLPHead(channels * 7 * 7, 4 * channels)
-    parts = dict(box_head=box_head, box_predictor=FastRCNNPredictor(4 * channels, classes + 1), box_batch_size_per_image=rois,
-                 **scales)
+    pool = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=2, canonical_scale=224 * size[1] / 800)
+    parts = dict(box_roi_pool=pool(output_size=7), box_head=box_head, box_batch_size_per_image=rois,
+                 box_predictor=FastRCNNPredictor(4 * channels, classes + 1), **scales)
     if model == "maskrcnn":
-        return MaskRCNN(backbone, mask_head=MaskRCNNHeads(channels, [channels] * 4, 1),
+        return MaskRCNN(backbone, mask_roi_pool=pool(output_size=14),
+                        mask_head=MaskRCNNHeads(channels, [channels] * 4, 1),
                         mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1), **parts)
     if model == "keypointrcnn":
-        return KeypointRCNN(backbone, keypoint_head=KeypointRCNNHeads(channels, [2 * channels] * 8),
+        return KeypointRCNN(backbone, keypoint_roi_pool=pool(output_size=14),
+                            keypoint_head=KeypointRCNNHeads(channels, [2 * channels] * 8),
                             keypoint_predictor=KeypointRCNNPredictor(2 * channels, keypoints), **parts)
     return FasterRCNN(backbone, **parts)
 

@@ -89,3 +89,25 @@ def chart(title, lines, below):
             text(legend + 21, 41, name, "lm")
             legend += 40 + pen.textlength(name, font) / 2
     return sheet.reduce(2)
+
+
+def bars(title, values, order):
+    """values: {name: (mean, spread)} as bars from 0 with a whisker each way; order: names, whose place gives a bar its color."""
+    left, top, right, bottom = FRAME
+    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)
+    text = lambda x, y, words, anchor: pen.text((2 * x, 2 * y), words, "black", font, anchor)
+    ys = ticks([0, *(mean + spread for mean, spread in values.values())])
+    at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
+    for y in ys:
+        pen.line([2 * left, 2 * at_y(y), 2 * right, 2 * at_y(y)], "grey" if y == 0 else "#dddddd", 2)
+        text(left - 6, at_y(y), f"{y:.6g}", "rm")
+    text(left, 10, title, "la")
+    step = (right - left) / len(values)
+    for k, (name, (mean, spread)) in enumerate(values.items()):
+        middle = left + (k + 0.5) * step
+        pen.rectangle([2 * (middle - 0.3 * step), 2 * at_y(mean), 2 * (middle + 0.3 * step), 2 * at_y(0)], INK[order.index(name) % len(INK)])
+        pen.line([2 * middle, 2 * at_y(mean - spread), 2 * middle, 2 * at_y(mean + spread)], "black", 4)
+        text(middle, at_y(mean + spread) - 4, f"{mean:.3g}", "mb")
+        text(middle, bottom + 7, name, "ma")
+    return sheet.reduce(2)

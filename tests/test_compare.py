@@ -1,0 +1,130 @@
+"""transfer/compare.py: what it would run, what it makes of what was found, and stopping and going on."""
+import json
+import os
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+from conftest import run_script, write_scenes
+from transfer import compare, detect, page
+
+run = partial(run_script, compare)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Flags that name drawn scenes as a user's data."""
+    for part, count in (("train", 20), ("val", 4)):
+        write_scenes(tmp_path / part, count, seed=count)
+    source = lambda part: [tmp_path / part / "images", tmp_path / part / "notes.json"]
+    return ["--data", tmp_path / "train" / "images", "--train", *source("train"), "--val", *source("val"), "--out", tmp_path / "out"]
+
+
+def planned(monkeypatch, flags, method, seed=0):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
+    args = compare.arguments()
+    args.images = 20
+    args.out.mkdir(exist_ok=True)
+    return compare.tasks(args, method, seed)
+
+
+@pytest.mark.parametrize("method", ["random", *compare.METHODS, "supervised"])
+def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
+    shared = {}
+    for kind, command, _ in planned(monkeypatch, [*data, "--knn", "somewhere"], method, seed=1):
+        module = command[1].removesuffix(".py").split(os.sep)
+        module = import_module(".".join(module[-2:]) if module[-2] == "transfer" else module[-1])
+        monkeypatch.setattr(sys, "argv", command[1:])
+        args = module.arguments()
+        assert args.seed == 1
+        shared[kind] = args
+    if method == "random":
+        assert list(shared) == ["objects", "kNN", "AP, 10% of labels", "AP, 100% of labels"]
+    elif method != "supervised":
+        args = shared["pre-training"]
+        assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 64, 6, 64)
+
+
+def test_a_share_of_the_labels_is_of_whole_images_and_another_seed_draws_others(tmp_path):
+    folder = write_scenes(tmp_path / "train", 20)
+    kept = []
+    for seed in (0, 0, 1):
+        assert compare.some_labels(folder / "notes.json", 0.2, seed, tmp_path / "few.json") == 4
+        few = json.loads((tmp_path / "few.json").read_text())
+        every = json.loads((folder / "notes.json").read_text())
+        kept.append({image["id"] for image in few["images"]})
+        assert few["annotations"] == [note for note in every["annotations"] if note["image_id"] in kept[-1]]
+        assert len(detect.Annotated(folder / "images", tmp_path / "few.json", training=True)) == 4
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_drawn_shapes_are_data_that_the_scripts_can_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "SHAPES", dict(unlabeled=6, train=5, val=3))
+    compare.draw_shapes(tmp_path, 48)
+    train, shapes = detect.Annotated(tmp_path / "train", tmp_path / "train.json", training=True), common.Shapes(5, 48, 1)
+    for i in range(len(train)):
+        image, boxes, _, classes = shapes.scene(int(Path(train.name(i)).stem))
+        assert np.array_equal(np.asarray(train.photo(i).decode()), image)
+        assert np.array_equal(train.objects(i)[0], boxes) and np.array_equal(train.objects(i)[1], classes)
+    scene = common.Shapes(6, 48, 0).scene(2)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "masks" / "00002.png")) > 0, scene[2].any(axis=0))
+    with np.load(tmp_path / "boxes.npz") as made:
+        assert np.array_equal(made["boxes"][made["offsets"][2]:made["offsets"][3]], scene[1])
+    assert len(common.ImageFolder(tmp_path / "knn" / "val").labels()[1]) == 12
+
+
+FAKE = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]); out.mkdir(parents=True, exist_ok=True)
+seed = int(sys.argv[sys.argv.index("--seed") + 1])
+with open(out.parents[1 if "AP" in out.name else 0] / "runs.txt", "a") as file: print(sys.argv[1], *sys.argv[2:], file=file)
+if "detect" in sys.argv[1]: (out / "log.jsonl").write_text(json.dumps({"step": 1, "AP": 10.0 + 2 * seed}))
+elif "classify" in sys.argv[1]: (out / (sys.argv[sys.argv.index("--protocol") + 1] + ".json")).write_text(
+    json.dumps({"title": "", **{f"c{k}": {"accuracy": k / 10 + seed / 100} for k in (2, 3, 4, 5)}}))
+elif BROKEN in sys.argv[1]: print("out of luck"); sys.exit(2)
+"""
+
+
+def stand_in(monkeypatch, broken="nothing"):
+    code = FAKE.replace("BROKEN", repr(broken))
+    monkeypatch.setattr(compare, "script", lambda name, *flags, several=True: [sys.executable, "-c", code, name, *map(str, flags)])
+
+
+def test_the_table_has_mean_and_deviation_over_seeds_and_nothing_is_done_twice(data, tmp_path, monkeypatch, capsys):
+    flags = [*data, "--methods", "moco", "--seeds", 2, "--jobs", 2]
+    stand_in(monkeypatch, broken="moco")
+    assert run(monkeypatch, *flags) == 2
+    said = capsys.readouterr()
+    assert "moco-0, pre-training ended with exit code 2: out of luck" in said.err and said.err.count("\n") == 1
+    stand_in(monkeypatch)
+    assert run(monkeypatch, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "00:00:0" in lines[0] and " left" in lines[0]
+    table = [line for line in lines if line.startswith("|")]
+    assert table[0] == "| | c2 | c3 | c4 | c5 | AP 10% | AP 100% |"
+    scores = "20.5 ± 0.7 | 30.5 ± 0.7 | 40.5 ± 0.7 | 50.5 ± 0.7"                          # of 20, 21; 30, 31; ...
+    assert table[2:] == [f"| random | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |", f"| moco | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
+                         f"| supervised | {scores} |  |  |"]
+    done = (tmp_path / "out" / "runs.txt").read_text()
+    assert run(monkeypatch, *flags) == 0 and (tmp_path / "out" / "runs.txt").read_text() == done
+    assert done.count("moco.py") == 2 and done.count("detect.py") == 8
+    assert Image.open(tmp_path / "out" / "chart.png").size[0] > 1000
+
+
+def test_a_bar_is_as_high_as_its_figure():
+    sheet = np.asarray(page.bars("", {"a": (10, 0), "b": (20, 0)}, ["a", "b"]))
+    height = [(sheet == np.array([int(ink[k:k + 2], 16) for k in (1, 3, 5)])).all(axis=2).any(axis=1).sum() for ink in page.INK[:2]]
+    assert height[1] == pytest.approx(2 * height[0], abs=3) and height[0] > 50
+
+
+def test_wrong_flags_end_with_one_line(tmp_path, monkeypatch, capsys):
+    for flags, says in ((["--data", tmp_path], "go together"), (["--seeds", 0], "at least 1"), (["--methods", "byol"], "invalid choice")):
+        assert run(monkeypatch, *flags) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1

@@ -1,0 +1,274 @@
+"""Which method for my images? Pre-trains all five alike on a folder, then probes and fine-tunes each the same way, seed by seed.
+
+    python transfer/compare.py                                         drawn shapes, under an hour on two cores
+    python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128 --epochs 100
+    python transfer/compare.py --methods moco soco --seeds 1 ...       some of it
+    python transfer/compare.py --add soco "--proposals boxes.npz" ...  flags for one of the scripts
+
+Every network sees the same images equally often in views of the same size, with the settings that the method's demo takes for
+a short run. `random` is the untrained network, `supervised` the one that learned from the labels of --train for as long, a
+ceiling. Judged are classify.py's objects (and knn, with --knn), and the AP of detect.py after fine-tuning on a tenth of the
+labels and on all of them. Writes table.md, chart.png and what the scripts write to --out; the same command again goes on where it
+stopped. GPUs work together on one network; a CPU's cores on a network each.
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+import soco  # noqa: E402
+from transfer import page  # noqa: E402
+
+METHODS = ("moco", "detco", "dupr", "detcon", "soco")
+OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # of a demo's settings: those decided here
+SHAPES = dict(unlabeled=4096, train=800, val=400)                                     # drawn pictures
+FEW = 0.1                                                                             # of the labels
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+def draw_shapes(folder, size):
+    """The drawn shapes as a user's data: unlabeled/ with boxes.npz and masks/, train and val with COCO's annotations, and
+    knn/train, knn/val in folders of a class. Returns the flags that name them."""
+    for part, seed in (("unlabeled", 0), ("train", 1), ("val", 2)):
+        shapes = common.Shapes(SHAPES[part], size, seed).draw_all()
+        notes = {"images": [], "annotations": [], "categories": [{"id": k, "name": x} for k, x in enumerate(common.KINDS)]}
+        for kind in (part, "masks") if part == "unlabeled" else (part,):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(len(shapes)):
+            name = f"{i:05d}.png"
+            Image.fromarray(shapes.pictures[i]).save(folder / part / name)
+            if part == "unlabeled":
+                Image.fromarray(shapes.segments[i]).save(folder / "masks" / name)
+            notes["images"].append({"id": i, "file_name": name, "width": size, "height": size})
+            for (x1, y1, x2, y2), k in zip(shapes.boxes[i].tolist(), shapes.classes[i].tolist()):
+                notes["annotations"].append({"id": len(notes["annotations"]) + 1, "image_id": i, "category_id": k, "iscrowd": 0,
+                                             "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+        if part == "unlabeled":
+            soco.save_proposals(folder / "boxes.npz", common.ImageFolder(folder / part), shapes.boxes)
+        (folder / f"{part}.json").write_text(json.dumps(notes))
+    for part, count, seed in (("train", 1536, 3), ("val", 768, 4)):
+        single = common.Shapes(count, size, seed, single=True)
+        for i in range(count):
+            path = folder / "knn" / part / list(common.KINDS)[i % len(common.KINDS)] / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(single.scene(i)[0]).save(path)
+
+
+def some_labels(path, share, seed, out):
+    """COCO's annotations at `path`, of a share of the annotated images alone, as a file `out`."""
+    notes = json.loads(Path(path).read_text())
+    with_objects = sorted({note["image_id"] for note in notes["annotations"]})
+    count = max(1, round(share * len(with_objects)))
+    kept = set(np.random.default_rng(seed).permutation(with_objects)[:count].tolist())
+    notes["images"] = [image for image in notes["images"] if image["id"] in kept]
+    notes["annotations"] = [note for note in notes["annotations"] if note["image_id"] in kept]
+    Path(out).write_text(json.dumps(notes))
+    return count
+
+
+# --- What there is to do ---------------------------------------------------------------------------------------------
+
+def script(name, *flags, several=True):
+    """The command of a script of ours, on all GPUs if it can use them."""
+    gpus = torch.cuda.device_count() if several else 1
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    return [sys.executable, *start, str(Path(__file__).resolve().parents[1] / name), *map(str, flags)]
+
+
+def tasks(args, method, seed):
+    """[(kind, command, the file and the word in it that tell that it is done)] for one network, in order."""
+    out, size = args.out / f"{method}-{seed}", args.size
+    judged = ["--size", size, "--seed", seed]
+    source, checkpoint = ["--train", *args.train, "--val", *args.val], ["--init", out / "last.pt"]
+    shared = ["--arch", args.arch, "--epochs", args.epochs, "--batch-size", args.batch_size, "--size", size, "--seed", seed,
+              "--save-every", 100, "--out", out]
+    todo = []
+    if method == "supervised":
+        labeled = json.loads(Path(args.train[1]).read_text())["annotations"]
+        images = len({note["image_id"] for note in labeled})
+        shared[3] = max(1, round(args.epochs * args.images / images))
+        return [("supervised", script("transfer/classify.py", "--init", "random", "--protocol", "supervised", *source, *shared),
+                 out / "supervised.json")]
+    if method == "random":
+        checkpoint = ["--init", "random", "--arch", args.arch]
+    else:
+        demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN}
+        demo = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
+        added = [word for name, words in args.add if name == method for word in shlex.split(words)]
+        todo.append(("pre-training", script(f"{method}.py", "--data", args.data, *demo, *shared, *added), out / "last.pt"))
+    probe = [*checkpoint, *judged, "--out", out, "--protocol"]
+    todo.append(("objects", script("transfer/classify.py", *probe, "objects", *source, several=False), out / "objects.json"))
+    if args.knn:
+        todo.append(("kNN", script("transfer/classify.py", *probe, "knn", "--data", args.knn), out / "knn.json"))
+    for share in (FEW, 1):
+        notes = args.out / f"labels-{share:g}-{seed}.json"
+        images = some_labels(args.train[1], share, seed, notes)
+        batch = min(8, images)
+        detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], notes, "--val", *args.val, "--seed", seed,
+                        "--size", size, size, "--rois", 32, "--batch-size", batch, "--lr", 0.04, "--warmup", 0.5,
+                        "--epochs", max(1, round(args.steps / (images // batch))), "--save-every", 100, "--out", out / f"AP-{share:g}")
+        todo.append((f"AP, {share:.0%} of labels", detect, out / f"AP-{share:g}" / "log.jsonl"))
+    return todo
+
+
+class Progress:
+    """Tells what is done, and how long the rest will take, by how long its like has taken."""
+
+    def __init__(self, kinds, jobs):
+        self.left, self.total, self.jobs, self.took, self.lock = list(kinds), len(kinds), jobs, {}, Lock()
+
+    def done(self, name, kind, seconds=None):
+        with self.lock:
+            self.left.remove(kind)
+            if seconds is None:  # in an earlier run
+                return
+            self.took.setdefault(kind, []).append(seconds)
+            every = [x for times in self.took.values() for x in times]
+            rest = sum(np.mean(self.took.get(kind, every)) for kind in self.left) / self.jobs
+            print(f"{self.total - len(self.left)} of {self.total}: {name}, {kind}: {seconds:.0f} s; "
+                  f"{time.strftime('%H:%M:%S', time.gmtime(rest))} left", flush=True)
+
+
+def work(args, method, seed, progress):
+    """All tasks of one network. Ends the program when one of them fails, with the last line that it said."""
+    out = args.out / f"{method}-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    alone = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    for kind, command, result in tasks(args, method, seed):
+        mark, start = out / f"{kind.partition(',')[0]}-{result.parent.name}.done", time.perf_counter()
+        if mark.exists():
+            progress.done(out.name, kind)
+            continue
+        with open(out / "output.txt", "a") as file:
+            print(f"\n$ {shlex.join(command)}", file=file, flush=True)
+            code = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, **alone}).returncode
+        if code:
+            said = (out / "output.txt").read_text().strip().splitlines()[-1]
+            return f"{out.name}, {kind} ended with exit code {code}: {said[:200]} (all that it said: {out}/output.txt)"
+        mark.touch()
+        progress.done(out.name, kind, time.perf_counter() - start)
+    return None
+
+
+# --- What came of it -------------------------------------------------------------------------------------------------
+
+def figures(args, method, seed):
+    """{column: figure} of one network: what the scripts left in its folder."""
+    out = args.out / f"{method}-{seed}"
+    found = {}
+    for file in ("objects", "supervised"):
+        if (out / f"{file}.json").exists():
+            parts = json.loads((out / f"{file}.json").read_text())
+            found |= {part: 100 * x["accuracy"] for part, x in parts.items() if part != "title"}
+    if (out / "knn.json").exists():
+        stages = json.loads((out / "knn.json").read_text())
+        found["kNN"] = 100 * max(x["kNN"] for stage, x in stages.items() if stage != "title")
+    for share in (FEW, 1):
+        path = out / f"AP-{share:g}" / "log.jsonl"
+        aps = [row["AP"] for row in common.read_log(path) if "AP" in row] if path.exists() else []
+        if aps:
+            found[f"AP {share:.0%}"] = aps[-1]
+    if (out / "log.jsonl").exists():
+        speeds = [row["images_per_s"] for row in common.read_log(out / "log.jsonl") if "images_per_s" in row]
+        if speeds:
+            found["minutes"] = args.epochs * args.images / np.mean(speeds) / 60
+    return found
+
+
+def report(args, methods):
+    """table.md and chart.png; returns the table."""
+    rows = {}
+    for method in methods:
+        seeds = [figures(args, method, seed) for seed in range(args.seeds)]
+        names = [name for name in dict.fromkeys(name for row in seeds for name in row)]
+        values = {name: [row[name] for row in seeds if name in row] for name in names}
+        rows[method] = {name: (np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.0) for name, x in values.items()}
+    columns = [name for name in ("c2", "c3", "c4", "c5", "pyramid", "head", "kNN", f"AP {FEW:.0%}", "AP 100%", "minutes")
+               if any(name in row for row in rows.values())]
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    for method, row in rows.items():
+        cells = [f"{row[name][0]:.1f} ± {row[name][1]:.1f}" if name in row else "" for name in columns]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    (args.out / "table.md").write_text(table + "\n")
+    stages = ("c2", "c3", "c4", "c5")
+    probes = {method: ([2, 3, 4, 5], [row[name][0] for name in stages]) for method, row in rows.items() if "c2" in row}
+    panels = [page.chart("object probe by stage, accuracy in %", probes, "stage")] if probes else []
+    for name in ("kNN", f"AP {FEW:.0%}", "AP 100%"):
+        bars = {method: row[name] for method, row in rows.items() if name in row}
+        if bars:
+            title = {"kNN": "nearest neighbors, accuracy in %"}.get(name, f"{name[:2]} with {name[3:]} of the labels")
+            panels.append(page.bars(title, bars, list(rows)))
+    if panels:
+        page.lay([page.lay(panels[:2]), *([page.lay(panels[2:])] if panels[2:] else [])], down=True).save(args.out / "chart.png")
+    return table
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: common.fail(f"{message} (see --help)")
+    add, count = parser.add_argument, common.number(int, 1)
+    add("--data", metavar="DIR", help="images to pre-train on (default: drawn shapes)")
+    add("--train", nargs=2, metavar=("IMAGES", "JSON"), help="folder, and COCO annotations of images below it, to learn from")
+    add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to judge by")
+    add("--knn", metavar="DIR", help="labeled train/ and val/ for nearest neighbors (default: no; drawn shapes have them)")
+    add("--out", type=Path, default=Path("runs/compare"), help="where all of it goes (default: runs/compare)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which of the five (default: all)")
+    add("--seeds", type=count, default=3, help="networks of each method (default: 3)")
+    add("--arch", default="resnet18w0.25", help="of all (default: resnet18w0.25)")
+    add("--size", type=common.number(int, 32), default=64, help="side of views and images in pixels (default: 64)")
+    add("--epochs", type=count, default=6, help="passes over --data (default: 6)")
+    add("--batch-size", type=common.number(int, 8), default=64, help="images a step of pre-training (default: 64)")
+    add("--steps", type=count, default=200, help="of fine-tuning a detector, 8 images each (default: 200)")
+    add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
+    add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"), help="more flags for a method's script")
+    args = parser.parse_args()
+    given = [bool(x) for x in (args.data, args.train, args.val)]
+    if any(given) and not all(given):
+        common.fail("--data, --train and --val go together: images to pre-train on, labeled ones to learn from and to judge by")
+    args.jobs = args.jobs or (1 if torch.cuda.is_available() else common.cores())
+    return args
+
+
+def main():
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.data:
+        folder = args.out / "shapes"
+        if not (folder / "drawn").exists():
+            draw_shapes(folder, args.size)
+            (folder / "drawn").touch()
+        args.data, args.knn = str(folder / "unlabeled"), str(folder / "knn")
+        args.train, args.val = ([str(folder / part), str(folder / f"{part}.json")] for part in ("train", "val"))
+        args.add += [("soco", f"--proposals {folder}/boxes.npz"), ("detcon", f"--masks {folder}/masks")]
+    args.images = len(common.ImageFolder(args.data))
+    methods = ["random", *args.methods, "supervised"]
+    networks = [(method, seed) for seed in range(args.seeds) for method in methods]
+    progress = Progress([kind for network in networks for kind, _, _ in tasks(args, *network)], args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for error in pool.map(lambda network: work(args, *network, progress), networks):
+            if error:
+                pool.shutdown(cancel_futures=True)
+                common.fail(error)
+    print(report(args, methods))
+    print(f"{args.epochs * args.images} images seen by each, {args.seeds} seeds (mean ± standard deviation); {args.out}/chart.png")
+
+
+if __name__ == "__main__":
+    main()
