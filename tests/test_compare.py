@@ -12,7 +12,7 @@ from PIL import Image
 
 import common
 from conftest import run_script, write_scenes
-from transfer import compare, detect, page
+from transfer import coco, compare, page
 
 run = partial(run_script, compare)
 
@@ -29,8 +29,8 @@ def data(tmp_path):
 def planned(monkeypatch, flags, method, seed=0):
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
     args = compare.arguments()
-    args.images = 20
     args.out.mkdir(exist_ok=True)
+    args.images, args.labels = 20, compare.share_labels(args.train[1], args.seeds, args.out)
     return compare.tasks(args, method, seed)
 
 
@@ -53,21 +53,23 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
 
 def test_a_share_of_the_labels_is_of_whole_images_and_another_seed_draws_others(tmp_path):
     folder = write_scenes(tmp_path / "train", 20)
-    kept = []
-    for seed in (0, 0, 1):
-        assert compare.some_labels(folder / "notes.json", 0.2, seed, tmp_path / "few.json") == 4
-        few = json.loads((tmp_path / "few.json").read_text())
-        every = json.loads((folder / "notes.json").read_text())
-        kept.append({image["id"] for image in few["images"]})
-        assert few["annotations"] == [note for note in every["annotations"] if note["image_id"] in kept[-1]]
-        assert len(detect.Annotated(folder / "images", tmp_path / "few.json", training=True)) == 4
-    assert kept[0] == kept[1] != kept[2]
+    every, drawn = json.loads((folder / "notes.json").read_text()), []
+    for _ in range(2):
+        shares = compare.share_labels(folder / "notes.json", 2, tmp_path)
+        assert shares[1, 0] == shares[1, 1] == (folder / "notes.json", 20)
+        for seed in range(2):
+            few = json.loads(shares[0.1, seed][0].read_text())
+            drawn.append({image["id"] for image in few["images"]})
+            assert few["annotations"] == [note for note in every["annotations"] if note["image_id"] in drawn[-1]]
+            assert len(drawn[-1]) == shares[0.1, seed][1] == 2
+            assert len(coco.Annotated(folder / "images", shares[0.1, seed][0], training=True)) == 2
+    assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
 
 
 def test_drawn_shapes_are_data_that_the_scripts_can_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "SHAPES", dict(unlabeled=6, train=5, val=3))
+    monkeypatch.setattr(compare, "SHAPES", dict(unlabeled=6, train=5, val=3, knn_train=12, knn_val=12))
     compare.draw_shapes(tmp_path, 48)
-    train, shapes = detect.Annotated(tmp_path / "train", tmp_path / "train.json", training=True), common.Shapes(5, 48, 1)
+    train, shapes = coco.Annotated(tmp_path / "train", tmp_path / "train.json", training=True), common.Shapes(5, 48, 1)
     for i in range(len(train)):
         image, boxes, _, classes = shapes.scene(int(Path(train.name(i)).stem))
         assert np.array_equal(np.asarray(train.photo(i).decode()), image)

@@ -14,7 +14,7 @@ import common
 import moco
 import soco
 from conftest import ROOT, in_processes, rows, run_script, weights, without_speed, write_checkpoint, write_scenes
-from transfer import convert, detect
+from transfer import coco, convert, detect
 
 ARCH = "resnet18w0.25"
 
@@ -45,14 +45,14 @@ def run(monkeypatch, *argv):
 
 
 def annotated(folder, needs=None):
-    return detect.Annotated(folder / "images", folder / "notes.json", training=True, needs=needs)
+    return coco.Annotated(folder / "images", folder / "notes.json", training=True, needs=needs)
 
 
 def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
     source, pointed, shapes = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints"), common.Shapes(12, 64)
     for i in range(12):
-        batch = detect.example(source.photo(i), None, source, masks=True)
-        points = detect.example(pointed.photo(i), None, pointed, keypoints=True)["keypoints"]
+        batch = coco.example(source.photo(i), None, source, masks=True)
+        points = coco.example(pointed.photo(i), None, pointed, keypoints=True)["keypoints"]
         n = int(source.name(i).partition(".")[0])
         image, boxes, masks, classes = shapes.scene(n)
         assert source.ids[i] == 100 + n and np.array_equal(batch["image"].permute(1, 2, 0), image)
@@ -64,18 +64,18 @@ def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
 def test_a_mirrored_example_is_mirrored_whole(scenes):
     def look():
         masked, pointed = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints")
-        return (detect.example(masked.photo(3), None, masked, masks=True)
-                | {"keypoints": detect.example(pointed.photo(3), None, pointed, keypoints=True)["keypoints"]})
+        return (coco.example(masked.photo(3), None, masked, masks=True)
+                | {"keypoints": coco.example(pointed.photo(3), None, pointed, keypoints=True)["keypoints"]})
 
     names, plain = ["left_top", "right_top"], look()
-    other = detect.mirrored(look(), names)
+    other = coco.mirrored(look(), names)
     assert torch.equal(other["image"], plain["image"].flip(2)) and not torch.equal(other["image"], plain["image"])
     inner = torchvision.ops.masks_to_boxes(other["masks"])                                # its right and lower edge are pixels
     assert torch.equal(inner + torch.tensor([0, 0, 1, 1]), other["boxes"])
     corner = torch.tensor([0.5, 0.5])
     assert torch.equal(other["keypoints"][:, 0, :2], other["boxes"][:, :2] + corner)      # left_top is on the left again
     assert torch.equal(other["keypoints"][:, 1, :2], other["boxes"][:, [2, 1]] + corner * torch.tensor([-1, 1]))
-    again = detect.mirrored(other, names)
+    again = coco.mirrored(other, names)
     assert all(torch.equal(again[name], plain[name]) for name in ("image", "boxes", "masks", "keypoints"))
 
 
@@ -91,7 +91,7 @@ def test_crowds_and_images_without_objects_are_not_trained_on(tmp_path):
     source = annotated(folder)
     assert [source.name(i) for i in range(len(source))] == ["1.png", "2.png", "3.png"]
     assert len(source.note(0)[2]) == len(second) - 1
-    assert len(detect.Annotated(folder / "images", folder / "notes.json", training=False)) == 4
+    assert len(coco.Annotated(folder / "images", folder / "notes.json", training=False)) == 4
 
 
 @pytest.mark.parametrize("model", list(detect.LOWEST))
@@ -172,9 +172,9 @@ def test_two_processes_train_under_torchrun_and_one_goes_on(scenes, tmp_path, mo
 def judged(folder, out):
     detector = detect.build("fcos", ARCH, 12, size=(64, 64))
     detector.load_state_dict(weights(out))
-    source = detect.Annotated(folder / "images", folder / "notes.json", training=False)
+    source = coco.Annotated(folder / "images", folder / "notes.json", training=False)
     args = argparse.Namespace(workers=0, amp="off", model="fcos")
-    return detect.evaluate(detector, source, detect.ground_truth(folder / "notes.json", source), args, torch.device("cpu"))
+    return detect.evaluate(detector, source, coco.ground_truth(folder / "notes.json", source), args, torch.device("cpu"))
 
 
 def test_two_processes_find_the_same_ap_as_one(scenes, learned):
@@ -260,9 +260,9 @@ def test_ap_is_what_it_is_by_hand(tmp_path):
              "annotations": [box(1, 1, 5, 10), box(2, 1, 5, 110), box(3, 1, 6, 60)]}
     (tmp_path / "notes.json").write_text(json.dumps(notes))
     Image.new("RGB", (200, 100)).save(tmp_path / "1.png")
-    truth = detect.ground_truth(tmp_path / "notes.json", detect.Annotated(tmp_path, tmp_path / "notes.json", training=False))
+    truth = coco.ground_truth(tmp_path / "notes.json", coco.Annotated(tmp_path, tmp_path / "notes.json", training=False))
     found = lambda k, x, score: {"image_id": 0, "category_id": k, "bbox": [x, 10, 40, 40], "score": score}
-    ap = lambda *rows: detect.coco_ap(truth, list(rows), ["bbox"])
+    ap = lambda *rows: coco.average_precision(truth, list(rows), ["bbox"])
     assert ap(found(5, 10, 0.9), found(5, 110, 0.8), found(6, 60, 0.7)) == {"AP": 100, "AP50": 100, "AP75": 100}
     assert ap() == {"AP": 0, "AP50": 0, "AP75": 0}
     half = 51 / 101                                                                       # class a: precision 1 up to recall 0.5
@@ -276,7 +276,7 @@ def test_detections_become_cocos_rows():
     mask[1:3, 2:7] = True
     output = {"boxes": torch.tensor([[2.0, 1, 7, 3]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5]),
               "masks": torch.from_numpy(mask)[None, None].float()}
-    row, = detect.detections(output, 17, [10, 30])
+    row, = coco.detections(output, 17, [10, 30])
     assert row["image_id"] == 17 and row["category_id"] == 30 and row["bbox"] == [2, 1, 5, 2]
     assert np.array_equal(detect.decode(row["segmentation"], (8, 6)), mask)
 
@@ -352,9 +352,9 @@ class Blind(torch.nn.Module):
 def test_an_image_that_cannot_be_decoded_is_named_and_no_other_counts_twice(tmp_path, monkeypatch, capsys):
     folder, seen = write_scenes(tmp_path / "val", 101, size=16), []
     (folder / "images" / "2.png").write_bytes(b"torn")
-    monkeypatch.setattr(detect, "coco_ap", lambda truth, rows, kinds: seen.extend(rows) or {})
-    monkeypatch.setattr(detect, "detections", lambda output, image, classes: [image])
-    source = detect.Annotated(folder / "images", folder / "notes.json", training=False)
+    monkeypatch.setattr(coco, "average_precision", lambda truth, rows, kinds: seen.extend(rows) or {})
+    monkeypatch.setattr(coco, "detections", lambda output, image, classes: [image])
+    source = coco.Annotated(folder / "images", folder / "notes.json", training=False)
     args = argparse.Namespace(workers=0, amp="off", model="fasterrcnn")
     detect.evaluate(Blind(), source, None, args, torch.device("cpu"))
     assert sorted(seen) == [i for i in range(101) if i != 2] and "2.png" in capsys.readouterr().err
@@ -366,5 +366,5 @@ def test_pictures_are_decoded_upright_as_annotated(tmp_path):
     picture.getexif()[0x0112] = 2                                                         # stored mirrored
     picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "images" / "0.png", exif=picture.getexif())
     source = annotated(folder)
-    batch = detect.example(source.photo(0), None, source)
+    batch = coco.example(source.photo(0), None, source)
     assert np.array_equal(batch["image"].permute(1, 2, 0), common.Shapes(2, 64).scene(0)[0])

@@ -29,8 +29,7 @@ from PIL import ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 import soco  # noqa: E402
-from transfer import convert  # noqa: E402
-from transfer.detect import Annotated  # noqa: E402
+from transfer import coco, convert  # noqa: E402
 
 DEFAULTS = dict(  # the linear probe of MoCo Sec. 4.1; lr is for 256 images a step
     protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8], print_every=50, boxes=5000)
@@ -286,7 +285,7 @@ def open_objects(args):
     if not args.train:
         train, val = (common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all() for k, part in ((1, "train"), (2, "val")))
         return train, val, len(common.KINDS)
-    train, val = Annotated(*args.train, training=True), Annotated(*args.val, training=False)
+    train, val = coco.Annotated(*args.train, training=True), coco.Annotated(*args.val, training=False)
     if train.classes != val.classes:
         common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}")
     return train, val, len(train.classes)

@@ -34,7 +34,7 @@ from transfer import page  # noqa: E402
 
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
 OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # of a demo's settings: those decided here
-SHAPES = dict(unlabeled=4096, train=800, val=400)                                     # drawn pictures
+SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)        # drawn pictures
 FEW = 0.1                                                                             # of the labels
 
 
@@ -60,24 +60,27 @@ def draw_shapes(folder, size):
         if part == "unlabeled":
             soco.save_proposals(folder / "boxes.npz", common.ImageFolder(folder / part), shapes.boxes)
         (folder / f"{part}.json").write_text(json.dumps(notes))
-    for part, count, seed in (("train", 1536, 3), ("val", 768, 4)):
-        single = common.Shapes(count, size, seed, single=True)
-        for i in range(count):
+    for part, seed in (("train", 3), ("val", 4)):
+        single = common.Shapes(SHAPES[f"knn_{part}"], size, seed, single=True)
+        for i in range(len(single)):
             path = folder / "knn" / part / list(common.KINDS)[i % len(common.KINDS)] / f"{i:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(single.scene(i)[0]).save(path)
 
 
-def some_labels(path, share, seed, out):
-    """COCO's annotations at `path`, of a share of the annotated images alone, as a file `out`."""
+def share_labels(path, seeds, folder):
+    """{(share, seed): (COCO's annotations of that share of the annotated images, how many those are)}, for FEW and for 1."""
     notes = json.loads(Path(path).read_text())
-    with_objects = sorted({note["image_id"] for note in notes["annotations"]})
-    count = max(1, round(share * len(with_objects)))
-    kept = set(np.random.default_rng(seed).permutation(with_objects)[:count].tolist())
-    notes["images"] = [image for image in notes["images"] if image["id"] in kept]
-    notes["annotations"] = [note for note in notes["annotations"] if note["image_id"] in kept]
-    Path(out).write_text(json.dumps(notes))
-    return count
+    shown = sorted({note["image_id"] for note in notes["annotations"]})
+    shares = {}
+    for seed in range(seeds):
+        kept = set(np.random.default_rng(seed).permutation(shown)[:max(1, round(FEW * len(shown)))].tolist())
+        few = {**notes, "images": [image for image in notes["images"] if image["id"] in kept],
+               "annotations": [note for note in notes["annotations"] if note["image_id"] in kept]}
+        file = folder / f"labels-{seed}.json"
+        file.write_text(json.dumps(few))
+        shares |= {(FEW, seed): (file, len(kept)), (1, seed): (path, len(shown))}
+    return shares
 
 
 # --- What there is to do ---------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def script(name, *flags, several=True):
 
 
 def tasks(args, method, seed):
-    """[(kind, command, the file and the word in it that tell that it is done)] for one network, in order."""
+    """[(kind, command, the file that it leaves)] for one network, in order."""
     out, size = args.out / f"{method}-{seed}", args.size
     judged = ["--size", size, "--seed", seed]
     source, checkpoint = ["--train", *args.train, "--val", *args.val], ["--init", out / "last.pt"]
@@ -98,9 +101,7 @@ def tasks(args, method, seed):
               "--save-every", 100, "--out", out]
     todo = []
     if method == "supervised":
-        labeled = json.loads(Path(args.train[1]).read_text())["annotations"]
-        images = len({note["image_id"] for note in labeled})
-        shared[3] = max(1, round(args.epochs * args.images / images))
+        shared[3] = max(1, round(args.epochs * args.images / args.labels[1, seed][1]))
         return [("supervised", script("transfer/classify.py", "--init", "random", "--protocol", "supervised", *source, *shared),
                  out / "supervised.json")]
     if method == "random":
@@ -115,8 +116,7 @@ def tasks(args, method, seed):
     if args.knn:
         todo.append(("kNN", script("transfer/classify.py", *probe, "knn", "--data", args.knn), out / "knn.json"))
     for share in (FEW, 1):
-        notes = args.out / f"labels-{share:g}-{seed}.json"
-        images = some_labels(args.train[1], share, seed, notes)
+        notes, images = args.labels[share, seed]
         batch = min(8, images)
         detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], notes, "--val", *args.val, "--seed", seed,
                         "--size", size, size, "--rois", 32, "--batch-size", batch, "--lr", 0.04, "--warmup", 0.5,
@@ -149,7 +149,7 @@ def work(args, method, seed, progress):
     out.mkdir(parents=True, exist_ok=True)
     alone = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
     for kind, command, result in tasks(args, method, seed):
-        mark, start = out / f"{kind.partition(',')[0]}-{result.parent.name}.done", time.perf_counter()
+        mark, start = result.with_suffix(".done"), time.perf_counter()
         if mark.exists():
             progress.done(out.name, kind)
             continue
@@ -257,7 +257,7 @@ def main():
         args.data, args.knn = str(folder / "unlabeled"), str(folder / "knn")
         args.train, args.val = ([str(folder / part), str(folder / f"{part}.json")] for part in ("train", "val"))
         args.add += [("soco", f"--proposals {folder}/boxes.npz"), ("detcon", f"--masks {folder}/masks")]
-    args.images = len(common.ImageFolder(args.data))
+    args.images, args.labels = len(common.ImageFolder(args.data)), share_labels(args.train[1], args.seeds, args.out)
     methods = ["random", *args.methods, "supervised"]
     networks = [(method, seed) for seed in range(args.seeds) for method in methods]
     progress = Progress([kind for network in networks for kind, _, _ in tasks(args, *network)], args.jobs)
