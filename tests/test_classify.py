@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def settings(**values):
-    return type("", (), dict(size=32, workers=0, amp="off", batch_size=16, **values))
+    return type("", (), {**dict(size=32, workers=0, amp="off", batch_size=16), **values})
 
 
 def tiny_backbone():

@@ -278,7 +278,7 @@ def test_detections_become_cocos_rows():
               "masks": torch.from_numpy(mask)[None, None].float()}
     row, = coco.detections(output, 17, [10, 30])
     assert row["image_id"] == 17 and row["category_id"] == 30 and row["bbox"] == [2, 1, 5, 2]
-    assert np.array_equal(detect.decode(row["segmentation"], (8, 6)), mask)
+    assert np.array_equal(coco.decode(row["segmentation"], (8, 6)), mask)
 
 
 def change(notes, kind):

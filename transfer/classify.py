@@ -298,7 +298,8 @@ class Network(nn.Module):
         super().__init__()
         tensors = convert.initial(args)
         encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)
-        self.backbone, self.fpn, self.head, self.size = encoder.backbone, encoder.fpn, encoder.head, args.size
+        self.backbone, self.fpn, self.head = common.resnet(args.arch, common.SyncBatchNorm), encoder.fpn, encoder.head
+        self.size = args.size
         fits = {name: x for name, x in tensors.items() if name.partition(".")[0] in ("backbone", "fpn", "head")}
         self.load_state_dict(fits, strict=False)
         self.detects = not tensors or any(name.startswith("head.") for name in tensors)
