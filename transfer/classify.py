@@ -296,7 +296,7 @@ class Network(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        tensors = convert.initial(args)
+        tensors, _ = convert.initial(args, ("backbone", "fpn", "head"))
         encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)
         self.backbone, self.fpn, self.head = common.resnet(args.arch, common.SyncBatchNorm), encoder.fpn, encoder.head
         self.size = args.size
