@@ -84,6 +84,28 @@ def test_only_the_log_waits_and_once():
     assert [name for name, _ in ledger.waits] == ["tolist"]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_a_model_is_one_graph_and_gives_the_same_loss(name):
+    model, _ = fake_gpu.build(name, "resnet18w0.25", 64, splits=2, **SMALL[name])
+    batch = {key: torch.zeros(4, *shape, dtype=kind) for key, (shape, kind) in fake_gpu.shapes(name, 64).items()}
+    for key, x in batch.items():
+        if x.dtype == torch.uint8:
+            x.random_(256)
+        if "box" in key:
+            x[..., 2:] = 30.0
+        if "mask" in key or key == "overlap":
+            x.fill_(1)
+    losses = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile(backend="eager", fullgraph=True)
+        common.seed_device(0)
+        loss, _ = model(batch)
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("settings", [dict(saturation=0.4), dict(saturation=0.2, solarize_p=0.5, family="dm_pix")])
 def test_colors_compile_as_one_graph_and_stay_the_same(settings):
     colors = common.Photometric(0.4, 0.4, hue=0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5, **settings)
