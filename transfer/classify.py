@@ -1,18 +1,18 @@
-"""How good are frozen features? Object probe, linear probe, SVMs and nearest neighbors on labeled images; and fine-tuning.
+"""How good are frozen features? Object probe, linear probe, SVMs, nearest neighbors; and fine-tuning.
 
     python transfer/classify.py --init runs/soco/last.pt --protocol objects --train IMAGES JSON --val IMAGES JSON
     python transfer/classify.py --init runs/soco/last.pt --protocol objects                   the same on drawn shapes
-    python transfer/classify.py --init random --arch resnet18 --protocol supervised           its ceiling: learned from labels
+    python transfer/classify.py --init random --arch resnet18 --protocol supervised     its ceiling: trained on labels
     python transfer/classify.py --init runs/moco/last.pt --data /imagenet                     linear probe of c5 (MoCo Sec. 4.1)
     python transfer/classify.py --init random --data DIR --protocol knn                       c2 to c5 beside each other
     python transfer/classify.py --init runs/detco/last.pt --data VOC2007 --protocol svm       DetCo Table 2, DUPR Table 6
     python transfer/classify.py --init resnet50.pth --data DIR --protocol finetune            end to end (MoCo A.6, A.7)
     torchrun --nproc_per_node=8 transfer/classify.py ...                                      the same, sooner
 
-objects asks what detection asks of features: of which class is the object in a box? Each box of COCO's annotations is pooled
-from every stage, and with SoCo's weights from its pyramid and its head. DIR has train/ and val/ with a folder for each class;
-svm takes VOC2007 as it is, too. objects, supervised, knn and svm print a table and write it to --out. linear, finetune and
-supervised write last.pt and log.jsonl there; the same command again goes on where it stopped.
+objects asks what detection asks of features: of which class is the object in a box? Each box of COCO's annotations is
+pooled from every stage, and with SoCo's weights from its pyramid and its head. DIR has train/ and val/ with a folder for
+each class; svm takes VOC2007 as it is, too. objects, supervised, knn and svm print a table and write it to --out; linear,
+finetune and supervised write last.pt and log.jsonl there, and the same command again goes on where it stopped.
 """
 import json
 import sys
@@ -32,10 +32,11 @@ import soco  # noqa: E402
 from transfer import coco, convert  # noqa: E402
 
 DEFAULTS = dict(  # the linear probe of MoCo Sec. 4.1; lr is for 256 images a step
-    protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8], print_every=50, boxes=5000)
+    protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8],
+    print_every=50, boxes=5000)
 FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # lr 0.03 from a checkpoint, 0.1 from nothing (A.7); drops of A.6
 OBJECTS = ("objects", "supervised")
-SHAPES = dict(size=48, unlabeled=8192, train=1200, val=400)  # drawn pictures: what the demos pre-train on, and the probe's
+SHAPES = dict(size=48, unlabeled=8192, train=1200, val=400)  # drawn pictures, as many as in the demos
 
 POOL = {2: 6, 3: 4, 4: 3, 5: 2}                # svm pools a stage to so many cells a side: about 9000 numbers of a ResNet-50
 COSTS = [2.0 ** k for k in range(-19, 8, 2)]   # an SVM's, to choose from
@@ -144,7 +145,7 @@ def evaluate(model, source, labels, args, device):
 
 
 def train(args, source, model, views, device, collate=None, judge=None):
-    """The loop of all that is trained here; judge() gives a row of figures for the log after each epoch. Returns the run."""
+    """The loop of all that is trained here; judge() gives a row for the log after each epoch. Returns the run."""
     model.to(device, memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -281,10 +282,10 @@ def svm(x, y, x_val, y_val, single):
 # --- Objects ---------------------------------------------------------------------------------------------------------
 
 def open_objects(args):
-    """(images to learn from, images to judge by, number of classes), with `.objects(i)`: annotated ones, or the drawn shapes."""
+    """(images to learn from, images to judge by, number of classes): annotated ones, or drawn shapes."""
     if not args.train:
-        train, val = (common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all() for k, part in ((1, "train"), (2, "val")))
-        return train, val, len(common.KINDS)
+        shapes = lambda part, k: common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all()
+        return shapes("train", 1), shapes("val", 2), len(common.KINDS)
     train, val = coco.Annotated(*args.train, training=True), coco.Annotated(*args.val, training=False)
     if train.classes != val.classes:
         common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}")
@@ -306,8 +307,8 @@ class Network(nn.Module):
         self.normalize = common.Photometric()
 
     def forward(self, views, boxes):
-        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: what each part sees of n boxes in all. views: [N, 3, S, S] uint8; boxes:
-        [k, 4] of each, in its pixels."""
+        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: what each part sees of n boxes in all. views: [N, 3, S, S] uint8;
+        boxes: [k, 4] of each, in its pixels."""
         stages = self.backbone(self.normalize(views))
         rows = common.pool_stages(stages, boxes)
         if self.detects:
@@ -321,7 +322,7 @@ class Network(nn.Module):
 
 
 class Supervised(nn.Module):
-    """The ceiling of `objects`: the same features, learned from labels, each stage with a linear classifier of its own."""
+    """The ceiling of `objects`: the same features, trained on labels, each stage with a linear classifier of its own."""
 
     def __init__(self, backbone, classes):
         super().__init__()
@@ -358,8 +359,9 @@ def objects(args, device):
     network.to(device, memory_format=torch.channels_last).eval()
     rng, parts = np.random.default_rng(args.seed), {}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-        (x, y), (x_val, y_val) = (common.box_features(network, images, some(images, args.boxes, rng), args.size, device, args.workers)
-                                  for images in (source, val))
+        features = lambda images: common.box_features(network, images, some(images, args.boxes, rng), args.size, device,
+                                                      args.workers)
+        (x, y), (x_val, y_val) = features(source), features(val)
     y, y_val = F.one_hot(y, classes), F.one_hot(y_val, classes)
     for name in x:
         scores = common.ridge(x[name], y, x_val[name])
@@ -390,11 +392,13 @@ def arguments():
     convert.add_init(parser)
     add = parser.own.add_argument
     add("--data", metavar="DIR", help="train/ and val/ with a folder for each class; svm: or VOC2007")
-    add("--train", nargs=2, metavar=("IMAGES", "JSON"), help="of objects: folder, and COCO annotations of images below it")
+    add("--train", nargs=2, metavar=("IMAGES", "JSON"),
+        help="of objects: folder, and COCO annotations of images below it")
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to judge by (default of both: drawn shapes)")
-    add("--protocol", choices=["objects", "supervised", "linear", "svm", "knn", "finetune"], help="how the features are judged")
+    add("--protocol", choices=["objects", "supervised", "linear", "svm", "knn", "finetune"],
+        help="how the features are judged")
     add("--size", type=common.number(int, 32), help="side of a view in pixels; 48 for the drawn shapes")
-    add("--boxes", type=common.number(int, 1), help="of objects: annotated boxes to learn from, and to judge by, at most")
+    add("--boxes", type=common.number(int, 1), help="of objects: boxes to learn from, and to judge by, at most")
     add("--stage", type=int, choices=[2, 3, 4, 5], help="whose output is classified; svm and knn show all")
     add("--weight-decay", type=common.number(float, 0), help="1e-4 in finetune and supervised")
     add("--drops", type=common.number(float, 0, 1), nargs="+",
@@ -437,7 +441,8 @@ def main():
             continue
         (x, at), (x_val, at_val) = (pooled(backbone, images, stage, args, device) for images in (source, val))
         truth = (source.truth, val.truth) if labels is None else [2 * F.one_hot(label, classes) - 1 for label in labels]
-        stages[f"c{stage}"] = svm(x, truth[0].to(device)[at], x_val, truth[1].to(device)[at_val], single=labels is not None)
+        y, y_val = truth[0].to(device)[at], truth[1].to(device)[at_val]
+        stages[f"c{stage}"] = svm(x, y, x_val, y_val, single=labels is not None)
     table(args, title, stages)
     common.finish()
 

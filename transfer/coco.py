@@ -18,8 +18,8 @@ class Annotated(common.ImageFolder):
     """The images of a COCO annotation file. With `training` those that show something to learn, crowds aside.
 
     needs: what each object must have beside its box, "segmentation" or "keypoints" (an object without is not learned).
-    `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. What the file says of an
-    image is kept as text in one buffer, which does not grow with each worker. Exits with 2 on a file that is none.
+    `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. What the file says
+    of an image is kept as text in one buffer, which does not grow with each worker. Exits with 2 on a file that is none.
     """
 
     def __init__(self, folder, path, training, needs=None):
@@ -43,7 +43,8 @@ class Annotated(common.ImageFolder):
                                                       **({needs: note[needs]} if needs else {})})
             images = [image for image in notes["images"] if objects[image["id"]] or not training]
             names = [os.fsencode(os.path.normpath(image["file_name"])) for image in images]
-            texts = [json.dumps([image.get("width"), image.get("height"), objects[image["id"]]]).encode() for image in images]
+            texts = [json.dumps([image.get("width"), image.get("height"), objects[image["id"]]]).encode()
+                     for image in images]
             self.ids = [image["id"] for image in images]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             common.fail(f"{path} is no file of COCO annotations ({type(error).__name__}: {error})")
@@ -59,7 +60,8 @@ class Annotated(common.ImageFolder):
     def photo(self, i):
         photo, (width, height, _) = super().photo(i), self.note(i)
         if (width or photo.size[0], height or photo.size[1]) != photo.size:
-            raise common.Unreadable(f"it has {photo.size[0]} x {photo.size[1]} pixels, its annotations {width} x {height}")
+            raise common.Unreadable(f"it has {photo.size[0]} x {photo.size[1]} pixels, its annotations {width} x "
+                                    f"{height}")
         return photo
 
     def objects(self, i):
@@ -74,13 +76,13 @@ class Annotated(common.ImageFolder):
 
 
 def example(photo, rng, source, masks=False, keypoints=False, flip=False):
-    """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is the
-    ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
+    """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is
+    the ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
     (boxes, classes), objects = source.objects(photo.index), source.note(photo.index)[2]
     boxes = boxes.clip(0, np.tile(np.float32(photo.size), 2))
     seen = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-    batch = {"image": common.to_tensor(photo.decode()), "boxes": torch.from_numpy(boxes[seen]), "at": torch.tensor(photo.index),
-             "labels": torch.from_numpy(1 + classes[seen])}
+    batch = {"image": common.to_tensor(photo.decode()), "at": torch.tensor(photo.index),
+             "boxes": torch.from_numpy(boxes[seen]), "labels": torch.from_numpy(1 + classes[seen])}
     try:
         if masks:
             drawn = [decode(objects[i]["segmentation"], photo.size) for i in seen]
@@ -102,7 +104,8 @@ def mirrored(batch, names):
     batch["boxes"] = torch.stack([width - x2, y1, width - x1, y2], dim=1)
     if "keypoints" in batch:
         twin = lambda name: name.replace("left", "\0").replace("right", "left").replace("\0", "right")
-        points = batch["keypoints"][:, [names.index(twin(name)) if twin(name) in names else k for k, name in enumerate(names)]]
+        order = [names.index(twin(name)) if twin(name) in names else k for k, name in enumerate(names)]
+        points = batch["keypoints"][:, order]
         batch["keypoints"] = torch.stack([width - points[..., 0], points[..., 1], points[..., 2]], dim=-1)
     return batch
 
@@ -123,8 +126,9 @@ def ground_truth(path, source):
     for k, note in enumerate(notes["annotations"], start=1):
         points = note.get("keypoints") or [0] * 3 * len(source.keypoints)
         annotations.append({
-            **note, "id": k, "image_id": number[note["image_id"]], "iscrowd": note.get("iscrowd") or 0, "keypoints": points,
-            "num_keypoints": sum(v > 0 for v in points[2::3]), "area": note.get("area") or note["bbox"][2] * note["bbox"][3]})
+            **note, "id": k, "image_id": number[note["image_id"]], "iscrowd": note.get("iscrowd") or 0,
+            "area": note.get("area") or note["bbox"][2] * note["bbox"][3],
+            "keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])})
     truth = COCO()
     truth.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": notes["categories"]}
     with contextlib.redirect_stdout(None):
@@ -148,8 +152,8 @@ def detections(output, image, classes):
 
 
 def average_precision(truth, rows, kinds):
-    """pycocotools' judgment of `rows`, in COCO's result format, against `ground_truth`: {"AP": in per cent, "mask_AP": ...}. kinds:
-    bbox, segm, keypoints."""
+    """pycocotools' judgment of `rows`, in COCO's result format, against `ground_truth`: {"AP": in per cent, "AP50",
+    "AP75", "mask_AP", ...}. kinds: bbox, segm, keypoints."""
     from pycocotools.cocoeval import COCOeval
     figures = {}
     for kind in kinds:

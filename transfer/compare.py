@@ -1,15 +1,16 @@
-"""Which method for my images? Pre-trains all five alike on a folder, then probes and fine-tunes each the same way, seed by seed.
+"""Which method for my images? Pre-trains all five alike on a folder, then probes and fine-tunes each the same way.
 
     python transfer/compare.py                                         drawn shapes, under an hour on two cores
-    python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128 --epochs 100
+    python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128
     python transfer/compare.py --methods moco soco --seeds 1 ...       some of it
     python transfer/compare.py --add soco "--proposals boxes.npz" ...  flags for one of the scripts
 
-Every network sees the same images equally often in views of the same size, with the settings that the method's demo takes for
-a short run. `random` is the untrained network, `supervised` the one that learned from the labels of --train for as long, a
-ceiling. Judged are classify.py's objects (and knn, with --knn), and the AP of detect.py after fine-tuning on a tenth of the
-labels and on all of them. Writes table.md, chart.png and what the scripts write to --out; the same command again goes on where it
-stopped. GPUs work together on one network; a CPU's cores on a network each.
+Every network sees the same images equally often in views of the same size, with the settings that the method's demo
+takes for a short run, over several seeds. `random` is the untrained network; `supervised`, a ceiling, has learned from
+the labels of --train for as long. Each is judged by classify.py's objects (and by knn, with --knn), and by the AP of
+detect.py after fine-tuning on a tenth of the labels and on all of them. Writes table.md, chart.png and what the scripts
+write to --out; the same command again goes on where it stopped. GPUs work together on one network, a CPU's cores on a
+network each.
 """
 import argparse
 import json
@@ -33,19 +34,20 @@ import soco  # noqa: E402
 from transfer import page  # noqa: E402
 
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
-OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # of a demo's settings: those decided here
-SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)        # drawn pictures
-FEW = 0.1                                                                             # of the labels
+OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # no demo decides these
+SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)       # drawn pictures
+FEW = 0.1                                                                            # of the labels
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 def draw_shapes(folder, size):
-    """The drawn shapes as a user's data: unlabeled/ with boxes.npz and masks/, train and val with COCO's annotations, and
-    knn/train, knn/val in folders of a class. Returns the flags that name them."""
+    """Write drawn shapes as if they were a user's data: unlabeled/ with boxes.npz and masks/, train/ and val/ with
+    COCO's annotations, and knn/train/ and knn/val/ with a folder for each class."""
     for part, seed in (("unlabeled", 0), ("train", 1), ("val", 2)):
         shapes = common.Shapes(SHAPES[part], size, seed).draw_all()
-        notes = {"images": [], "annotations": [], "categories": [{"id": k, "name": x} for k, x in enumerate(common.KINDS)]}
+        categories = [{"id": k, "name": name} for k, name in enumerate(common.KINDS)]
+        notes = {"images": [], "annotations": [], "categories": categories}
         for kind in (part, "masks") if part == "unlabeled" else (part,):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         for i in range(len(shapes)):
@@ -55,8 +57,9 @@ def draw_shapes(folder, size):
                 Image.fromarray(shapes.segments[i]).save(folder / "masks" / name)
             notes["images"].append({"id": i, "file_name": name, "width": size, "height": size})
             for (x1, y1, x2, y2), k in zip(shapes.boxes[i].tolist(), shapes.classes[i].tolist()):
-                notes["annotations"].append({"id": len(notes["annotations"]) + 1, "image_id": i, "category_id": k, "iscrowd": 0,
-                                             "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+                notes["annotations"].append({
+                    "id": len(notes["annotations"]) + 1, "image_id": i, "category_id": k, "iscrowd": 0,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
         if part == "unlabeled":
             soco.save_proposals(folder / "boxes.npz", common.ImageFolder(folder / part), shapes.boxes)
         (folder / f"{part}.json").write_text(json.dumps(notes))
@@ -69,7 +72,7 @@ def draw_shapes(folder, size):
 
 
 def share_labels(path, seeds, folder):
-    """{(share, seed): (COCO's annotations of that share of the annotated images, how many those are)}, for FEW and for 1."""
+    """{(share, seed): (COCO's annotations of that share of the annotated images, how many those are)} for FEW and 1."""
     notes = json.loads(Path(path).read_text())
     shown = sorted({note["image_id"] for note in notes["annotations"]})
     shares = {}
@@ -97,31 +100,33 @@ def tasks(args, method, seed):
     out, size = args.out / f"{method}-{seed}", args.size
     judged = ["--size", size, "--seed", seed]
     source, checkpoint = ["--train", *args.train, "--val", *args.val], ["--init", out / "last.pt"]
-    shared = ["--arch", args.arch, "--epochs", args.epochs, "--batch-size", args.batch_size, "--size", size, "--seed", seed,
-              "--save-every", 100, "--out", out]
+    shared = ["--arch", args.arch, "--batch-size", args.batch_size, "--save-every", 100, *judged, "--out", out]
     todo = []
     if method == "supervised":
-        shared[3] = max(1, round(args.epochs * args.images / args.labels[1, seed][1]))
-        return [("supervised", script("transfer/classify.py", "--init", "random", "--protocol", "supervised", *source, *shared),
-                 out / "supervised.json")]
+        epochs = max(1, round(args.epochs * args.images / args.labels[1, seed][1]))
+        ceiling = ["--init", "random", "--protocol", "supervised", "--epochs", epochs, *source]
+        return [("supervised", script("transfer/classify.py", *ceiling, *shared), out / "supervised.json")]
     if method == "random":
         checkpoint = ["--init", "random", "--arch", args.arch]
     else:
         demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN}
         demo = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
         added = [word for name, words in args.add if name == method for word in shlex.split(words)]
-        todo.append(("pre-training", script(f"{method}.py", "--data", args.data, *demo, *shared, *added), out / "last.pt"))
+        command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, *demo, *shared, *added)
+        todo.append(("pre-training", command, out / "last.pt"))
     probe = [*checkpoint, *judged, "--out", out, "--protocol"]
-    todo.append(("objects", script("transfer/classify.py", *probe, "objects", *source, several=False), out / "objects.json"))
+    command = script("transfer/classify.py", *probe, "objects", *source, several=False)
+    todo.append(("objects", command, out / "objects.json"))
     if args.knn:
         todo.append(("kNN", script("transfer/classify.py", *probe, "knn", "--data", args.knn), out / "knn.json"))
     for share in (FEW, 1):
         notes, images = args.labels[share, seed]
         batch = min(8, images)
-        detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], notes, "--val", *args.val, "--seed", seed,
-                        "--size", size, size, "--rois", 32, "--batch-size", batch, "--lr", 0.04, "--warmup", 0.5,
-                        "--epochs", max(1, round(args.steps / (images // batch))), "--save-every", 100, "--out", out / f"AP-{share:g}")
-        todo.append((f"AP, {share:.0%} of labels", detect, out / f"AP-{share:g}" / "log.jsonl"))
+        epochs, folder = max(1, round(args.steps / (images // batch))), out / f"AP-{share:g}"
+        detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], notes, "--val", *args.val,
+                        "--seed", seed, "--size", size, size, "--rois", 32, "--batch-size", batch, "--lr", 0.04,
+                        "--warmup", 0.5, "--epochs", epochs, "--save-every", 100, "--out", folder)
+        todo.append((f"AP, {share:.0%} of labels", detect, folder / "log.jsonl"))
     return todo
 
 
@@ -158,7 +163,7 @@ def work(args, method, seed, progress):
             code = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, **alone}).returncode
         if code:
             said = (out / "output.txt").read_text().strip().splitlines()[-1]
-            return f"{out.name}, {kind} ended with exit code {code}: {said[:200]} (all that it said: {out}/output.txt)"
+            return f"{out.name}, {kind} ended with exit code {code}: {said[:200]} (more of it in {out}/output.txt)"
         mark.touch()
         progress.done(out.name, kind, time.perf_counter() - start)
     return None
@@ -197,8 +202,8 @@ def report(args, methods):
         names = [name for name in dict.fromkeys(name for row in seeds for name in row)]
         values = {name: [row[name] for row in seeds if name in row] for name in names}
         rows[method] = {name: (np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.0) for name, x in values.items()}
-    columns = [name for name in ("c2", "c3", "c4", "c5", "pyramid", "head", "kNN", f"AP {FEW:.0%}", "AP 100%", "minutes")
-               if any(name in row for row in rows.values())]
+    columns = ("c2", "c3", "c4", "c5", "pyramid", "head", "kNN", f"AP {FEW:.0%}", "AP 100%", "minutes")
+    columns = [name for name in columns if any(name in row for row in rows.values())]
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     for method, row in rows.items():
         cells = [f"{row[name][0]:.1f} ± {row[name][1]:.1f}" if name in row else "" for name in columns]
@@ -214,7 +219,8 @@ def report(args, methods):
             title = {"kNN": "nearest neighbors, accuracy in %"}.get(name, f"{name[:2]} with {name[3:]} of the labels")
             panels.append(page.bars(title, bars, list(rows)))
     if panels:
-        page.lay([page.lay(panels[:2]), *([page.lay(panels[2:])] if panels[2:] else [])], down=True).save(args.out / "chart.png")
+        lines = [page.lay(panels[k:k + 2]) for k in range(0, len(panels), 2)]
+        page.lay(lines, down=True).save(args.out / "chart.png")
     return table
 
 
@@ -225,9 +231,10 @@ def arguments():
     parser.error = lambda message: common.fail(f"{message} (see --help)")
     add, count = parser.add_argument, common.number(int, 1)
     add("--data", metavar="DIR", help="images to pre-train on (default: drawn shapes)")
-    add("--train", nargs=2, metavar=("IMAGES", "JSON"), help="folder, and COCO annotations of images below it, to learn from")
+    add("--train", nargs=2, metavar=("IMAGES", "JSON"),
+        help="folder, and COCO annotations of images below it, to learn from")
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to judge by")
-    add("--knn", metavar="DIR", help="labeled train/ and val/ for nearest neighbors (default: no; drawn shapes have them)")
+    add("--knn", metavar="DIR", help="labeled train/, val/ for nearest neighbors (default: no; drawn shapes: yes)")
     add("--out", type=Path, default=Path("runs/compare"), help="where all of it goes (default: runs/compare)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which of the five (default: all)")
     add("--seeds", type=count, default=3, help="networks of each method (default: 3)")
@@ -237,11 +244,13 @@ def arguments():
     add("--batch-size", type=common.number(int, 8), default=64, help="images a step of pre-training (default: 64)")
     add("--steps", type=count, default=200, help="of fine-tuning a detector, 8 images each (default: 200)")
     add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
-    add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"), help="more flags for a method's script")
+    add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"),
+        help="more flags for a method's script")
     args = parser.parse_args()
     given = [bool(x) for x in (args.data, args.train, args.val)]
     if any(given) and not all(given):
-        common.fail("--data, --train and --val go together: images to pre-train on, labeled ones to learn from and to judge by")
+        common.fail("--data, --train and --val go together: images to pre-train on, labeled ones to learn from and to "
+                    "judge by")
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else common.cores())
     return args
 
@@ -267,7 +276,8 @@ def main():
                 pool.shutdown(cancel_futures=True)
                 common.fail(error)
     print(report(args, methods))
-    print(f"{args.epochs * args.images} images seen by each, {args.seeds} seeds (mean ± standard deviation); {args.out}/chart.png")
+    print(f"{args.epochs * args.images} images seen by each, {args.seeds} seeds (mean ± standard deviation); "
+          f"{args.out}/chart.png")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def chart(title, lines, below):
 
 
 def bars(title, values, order):
-    """values: {name: (mean, spread)} as bars from 0 with a whisker each way; order: names, whose place gives a bar its color."""
+    """values: {name: (mean, spread)} as bars from 0, with a whisker each way. order: names; a name's place there tells the
+    color of its bar."""
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)
@@ -106,7 +107,8 @@ def bars(title, values, order):
     step = (right - left) / len(values)
     for k, (name, (mean, spread)) in enumerate(values.items()):
         middle = left + (k + 0.5) * step
-        pen.rectangle([2 * (middle - 0.3 * step), 2 * at_y(mean), 2 * (middle + 0.3 * step), 2 * at_y(0)], INK[order.index(name) % len(INK)])
+        bar = [2 * (middle - 0.3 * step), 2 * at_y(mean), 2 * (middle + 0.3 * step), 2 * at_y(0)]
+        pen.rectangle(bar, INK[order.index(name) % len(INK)])
         pen.line([2 * middle, 2 * at_y(mean - spread), 2 * middle, 2 * at_y(mean + spread)], "black", 4)
         text(middle, at_y(mean + spread) - 4, f"{mean:.3g}", "mb")
         text(middle, bottom + 7, name, "ma")
