@@ -78,7 +78,8 @@ def chart(title, lines, below):
         text(left - 6, at_y(y), f"{y:.6g}", "rm")
     text(left, 10, title, "la")
     text((left + right) / 2, bottom + 25, below, "ma")
-    legend = left
+    legend, many = left, len(lines) > 5
+    small = ImageFont.load_default(20 if many else 26)
     for k, (name, points) in enumerate(lines.items()):
         ink, points = INK[k % len(INK)], [(at_x(x), at_y(y)) for x, y in zip(*points)]
         line(points, ink, 4)
@@ -86,8 +87,8 @@ def chart(title, lines, below):
             pen.ellipse([2 * x - 6, 2 * y - 6, 2 * x + 6, 2 * y + 6], ink)
         if len(lines) > 1:
             line([(legend, 41), (legend + 16, 41)], ink, 6)
-            text(legend + 21, 41, name, "lm")
-            legend += 40 + pen.textlength(name, font) / 2
+            pen.text((2 * legend + 42, 82), name, "black", small, "lm")
+            legend += (29 if many else 40) + pen.textlength(name, small) / 2
     return sheet.reduce(2)
 
 
