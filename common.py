@@ -2,7 +2,7 @@
 
 In this order: how a program ends, distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and
 momentum, LARS and schedules, photometric augmentation, images and sampler, weights to start from, checkpoints, log, kNN
-monitor, command line.
+monitor, object probe, command line.
 
 Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
 uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalised floats.

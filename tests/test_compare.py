@@ -44,6 +44,8 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
         args = module.arguments()
         assert args.seed == 1
         shared[kind] = args
+    if method == "supervised":
+        assert shared["supervised"].batch_size == 20                                     # no more than there are
     if method == "random":
         assert list(shared) == ["objects", "kNN", "AP, 10% of labels", "AP, 100% of labels"]
     elif method != "supervised":

@@ -100,10 +100,11 @@ def tasks(args, method, seed):
     out, size = args.out / f"{method}-{seed}", args.size
     judged = ["--size", size, "--seed", seed]
     source, checkpoint = ["--train", *args.train, "--val", *args.val], ["--init", out / "last.pt"]
-    shared = ["--arch", args.arch, "--batch-size", args.batch_size, "--save-every", 100, *judged, "--out", out]
+    shared = ["--arch", args.arch, "--save-every", 100, *judged, "--out", out, "--batch-size"]
     todo = []
     if method == "supervised":
-        epochs = max(1, round(args.epochs * args.images / args.labels[1, seed][1]))
+        images = args.labels[1, seed][1]
+        epochs, shared = max(1, round(args.epochs * args.images / images)), [*shared, min(args.batch_size, images)]
         ceiling = ["--init", "random", "--protocol", "supervised", "--epochs", epochs, *source]
         return [("supervised", script("transfer/classify.py", *ceiling, *shared), out / "supervised.json")]
     if method == "random":
@@ -112,7 +113,8 @@ def tasks(args, method, seed):
         demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN}
         demo = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
         added = [word for name, words in args.add if name == method for word in shlex.split(words)]
-        command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, *demo, *shared, *added)
+        command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, *demo, *shared, args.batch_size,
+                         *added)
         todo.append(("pre-training", command, out / "last.pt"))
     probe = [*checkpoint, *judged, "--out", out, "--protocol"]
     command = script("transfer/classify.py", *probe, "objects", *source, several=False)
