@@ -186,35 +186,29 @@ def all_levels(pyramid, boxes, levels, size):
     return sum(x * (levels.flatten() == level).view(-1, 1, 1, 1) for level, x in enumerate(pooled))
 
 
-def soco_step(how):
-    """Seconds and peak memory, in MB over what the model takes, of SoCo steps that pool `how`."""
-    if how:
-        soco.pyramid_roi_align = how
-    arch, n = ("resnet50", 128) if DEVICE.type == "cuda" else ("resnet18", 8)
+def pool_once(how):
+    """Seconds and peak memory, in MB over the pyramid, of pooling 4 boxes an image and back, as a view of SoCo does."""
+    n = 256 if DEVICE.type == "cuda" else 32
     common.seed_device(0)
-    model = soco.SoCo(arch).to(DEVICE, memory_format=torch.channels_last)
-    low = torch.rand(3, n, 4, 2, device=DEVICE) * 0.5
-    boxes = torch.cat([low, low + 0.2 + 0.3 * torch.rand_like(low)], dim=3)
-    batch = {}
-    for i, side in enumerate((224, 224, 112)):
-        batch |= {f"view{i + 1}": torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, device=DEVICE),
-                  f"boxes{i + 1}": boxes[i] * side}
+    pyramid = [torch.randn(n, 256, side, side, device=DEVICE, requires_grad=True) for side in (56, 28, 14, 7)]
+    low = torch.rand(n, 4, 2, device=DEVICE) * 112
+    boxes = torch.cat([low, low + 24 + 88 * torch.rand_like(low)], dim=2)
+    levels = soco.assign_levels(boxes, 224)
 
     def work():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss, _ = model(batch)
-        loss.backward()
-        model.zero_grad()
+        (how or soco.pyramid_roi_align)(pyramid, boxes, levels, 7).sum().backward()
+        for p in pyramid:
+            p.grad = None
 
     return measured(work)
 
 
 def pyramid(args, folder):
-    """A SoCo step, pooling each box with no area on other levels, from one sheet, level by level, or on all levels."""
-    run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(soco_step, (how,))
+    """SoCo's RoIAlign, each box with no area on other levels, from one sheet, level by level, or all boxes on all levels."""
+    run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(pool_once, (how,))
     figures = {how.__name__ if how else "no area": run(how) for how in (None, one_sheet, by_level, all_levels)}
     for how, (took, memory) in figures.items():
-        print(f"pyramid: a SoCo step with {how}: {took:.2f} s, {took / figures['no area'][0]:.2f} of no area's; peak "
+        print(f"pyramid: pooling with {how}: {took * 1000:.0f} ms, {took / figures['no area'][0]:.2f} of no area's; peak "
               f"{memory:.0f} MB, {memory / figures['no area'][1]:.2f} of no area's", flush=True)
 
 
