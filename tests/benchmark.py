@@ -204,12 +204,12 @@ def pool_once(how):
 
 
 def pyramid(args, folder):
-    """SoCo's RoIAlign, each box with no area on other levels, from one sheet, level by level, or all boxes on all levels."""
+    """SoCo's RoIAlign: each box without area on other levels, from one sheet, level by level, all boxes on all levels."""
     run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(pool_once, (how,))
     figures = {how.__name__ if how else "no area": run(how) for how in (None, one_sheet, by_level, all_levels)}
     for how, (took, memory) in figures.items():
-        print(f"pyramid: pooling with {how}: {took * 1000:.0f} ms, {took / figures['no area'][0]:.2f} of no area's; peak "
-              f"{memory:.0f} MB, {memory / figures['no area'][1]:.2f} of no area's", flush=True)
+        print(f"pyramid: pooling with {how}: {took * 1000:.0f} ms, {took / figures['no area'][0]:.2f} of no area's; "
+              f"peak {memory:.0f} MB, {memory / figures['no area'][1]:.2f} of no area's", flush=True)
 
 
 def family_step(name):
@@ -297,7 +297,7 @@ def family(args, folder):
 def search(photo, segments, histograms, scale, min_size):
     """Selective search whose segments and histograms may be in two color spaces -> [n, 4] xyxy pixels of the image.
 
-    OpenCV has one space for both, so two are grouped by hand; of one space both ways find 97 % of each other's boxes.
+    OpenCV has one space for both, so two are grouped by hand; of one space both ways find nearly the same boxes.
     """
     if segments == histograms:
         return soco.selective_search(photo, segments, scale, min_size)
@@ -351,9 +351,11 @@ MIXTURES = [PAPERS, ("RGB", "RGB", 500, 10), ("RGB", "HSV", 500, 10), ("HSV", "H
 
 
 def proposals(args, folder):
-    """Selective search: seconds an image and core, proposals that pass the paper's filter, images without any; and of
-    objects of 0.3 to 0.8 of the image's side the share that a proposal meets with IoU 0.5, and of proposals the share that
-    meets an object, beside as many random boxes. In photographs (--images) nothing is known of objects."""
+    """Selective search: seconds an image and core, proposals that pass the paper's filter, images without any.
+
+    Where boxes are known (not with --images): of the objects of 0.3 to 0.8 of the image's side the share that a
+    proposal meets with IoU 0.5, and of the proposals the share that meets one, beside as many random boxes.
+    """
     source, truth = (common.ImageFolder(args.images), {}) if args.images else true_boxes(args.scenes)
     count = min(len(source), args.count)
     for setting in MIXTURES:
@@ -379,11 +381,12 @@ def proposals(args, folder):
                     met[k] += hits.any(dim=0).sum().item()
                 total += len(boxes)
         name = "segments in {}, histograms in {}, scale {}, min_size {}".format(*setting)
-        line = (f"proposals: {name}: {count} images, {took / count:.2f} s each; {kept / count:.1f} proposals each, {none} "
-                "images without any")
+        line = (f"proposals: {name}: {count} images, {took / count:.2f} s each; {kept / count:.1f} proposals each, "
+                f"{none} images without any")
         if objects:
-            line += (f"; of {objects} objects {found[0] / objects:.1%} found (as many random boxes: {found[1] / objects:.1%}), "
-                     f"of the proposals {met[0] / total:.1%} meet one (random: {met[1] / total:.1%})")
+            line += (f"; of {objects} objects {found[0] / objects:.1%} found (as many random boxes: "
+                     f"{found[1] / objects:.1%}), of the proposals {met[0] / total:.1%} meet one (random: "
+                     f"{met[1] / total:.1%})")
         print(line, flush=True)
 
 
