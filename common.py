@@ -1536,17 +1536,21 @@ class Run:
                     "data_wait": round((self.loader.waited - waited) / took, 3)})
 
     def monitor(self, backbone, pair, device, stage=5):
-        """A row with the kNN accuracy of a stage of `backbone` on (train, val); of drawn shapes, before the first step and after
-        the last, with the object probe of every stage."""
+        """A row with the kNN accuracy of a stage of `backbone` on (train, val).
+
+        Of drawn shapes: before the first step and after the last, with the object probe of every stage.
+        """
         drawn = isinstance(pair[0], Shapes)
         if drawn and self.step not in (0, self.total):
             return
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
+            row = {"knn": knn(backbone, *pair, self.args.size, device, self.args.workers, stage=stage)}
             if drawn:
-                figures = probe(backbone, *pair, pair[0].size, device, self.args.workers)
-                self.write({f"probe_{name}": x for name, x in figures.items()})
-            else:
-                self.write({"knn": knn(backbone, *pair, self.args.size, device, self.args.workers, stage=stage)})
+                size, seed = pair[0].size, pair[0].seed
+                scenes = Shapes(1200, size, seed).draw_all(), Shapes(400, size, seed + 1).draw_all()
+                figures = probe(backbone, *scenes, size, device, self.args.workers)
+                row |= {f"probe_{name}": x for name, x in figures.items()}
+        self.write(row)
         self.restart_clock()
 
     def write(self, values):
@@ -1810,7 +1814,7 @@ class Parser(argparse.ArgumentParser):
                 "or SoCo released, torchvision's ResNet, Detectron2's .pkl (default: random)")
             add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
             add("--size", type=number(int, 32, 8192), help="side of a view in pixels, 32 or more: the network's stride")
-            add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: object probe)")
+            add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
             add("--compile", action="store_true", help="torch.compile the model")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
             help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
@@ -1901,9 +1905,9 @@ def open_data(args, single=True):
 
     `single`: one object in a drawn picture to train on, or several.
     """
-    shapes = lambda count, seed, single: Shapes(count, 48, args.seed + seed, single).draw_all()
+    shapes = lambda count, seed, single=True: Shapes(count, 48, args.seed + seed, single).draw_all()
     if args.data is None:
-        source, pair = shapes(8192, 0, single), (shapes(1200, 1, False), shapes(400, 2, False))
+        source, pair = shapes(8192, 0, single), (shapes(3072, 1), shapes(768, 2))
     else:
         train = Path(args.data, "train")
         source, pair = ImageFolder(train if args.data and train.is_dir() else args.data), None
