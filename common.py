@@ -411,17 +411,18 @@ def resnet(arch, norm_layer=None, zero_init_residual=False):
 
     The module maps [N, 3, H, W] to the stage outputs [c2, c3, c4, c5] at strides 4, 8, 16, 32; their channel counts
     stand in `.channels`. Its `state_dict` has torchvision's keys. zero_init_residual: the last BN gamma of each residual
-    block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch.
+    block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch; X is from 0.25 to
+    16, since torch's CPU kernels crash on convolutions of 8 channels in channels_last.
     """
     plain = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
     grouped = re.fullmatch(r"resnext(50|101|152)_([1-9]\d?)x([1-9]\d?)d", arch)
     if grouped:
         depth, width, more = int(grouped[1]), 1, dict(groups=int(grouped[2]), width_per_group=int(grouped[3]))
-    elif plain and int(plain[1]) in LAYERS and 1 <= round(64 * float(plain[2] or 1)) <= 1024:
+    elif plain and int(plain[1]) in LAYERS and 0.25 <= float(plain[2] or 1) <= 16:
         depth, width, more = int(plain[1]), float(plain[2] or 1), {}
     else:
         fail(f"unknown --arch {arch}: take resnet{', resnet'.join(map(str, LAYERS))}, with wX for X times the "
-             "channels (resnet50w4), or resnext50_32x8d")
+             "channels, X from 0.25 to 16 (resnet50w4), or resnext50_32x8d")
     return Backbone(*LAYERS[depth], width, norm_layer=norm_layer, zero_init_residual=zero_init_residual, **more)
 
 

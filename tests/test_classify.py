@@ -17,7 +17,7 @@ from conftest import in_processes, rows, run_script, weights, without_speed, wri
 from transfer import classify, convert
 
 run = partial(run_script, classify)
-TINY = ["--init", "random", "--arch", "resnet18w0.125", "--size", 32, "--batch-size", 16, "--workers", 0]
+TINY = ["--init", "random", "--arch", "resnet18w0.25", "--size", 32, "--batch-size", 16, "--workers", 0]
 CPU = torch.device("cpu")
 
 
@@ -27,7 +27,7 @@ def settings(**values):
 
 def tiny_backbone():
     common.seed_device(0)
-    return common.resnet("resnet18w0.125", common.SyncBatchNorm).eval()
+    return common.resnet("resnet18w0.25", common.SyncBatchNorm).eval()
 
 
 @pytest.fixture
@@ -254,8 +254,8 @@ def test_boxes_are_pooled_at_every_stage_where_they_are_and_in_two_processes_too
 
 def write_soco(path):
     torch.manual_seed(0)
-    model = soco.SoCo("resnet18w0.125", "fpn", size=48, hidden=8, dim=8)
-    return write_checkpoint(path, "soco", model, "resnet18w0.125"), model.online.eval()
+    model = soco.SoCo("resnet18w0.25", "fpn", size=48, hidden=8, dim=8)
+    return write_checkpoint(path, "soco", model, "resnet18w0.25"), model.online.eval()
 
 
 def test_socos_pyramid_and_head_are_those_of_its_pre_training(tmp_path):
@@ -302,7 +302,7 @@ def test_knn_shows_what_the_monitor_says_of_each_stage(pictures, monkeypatch, ca
 
 
 def test_a_checkpoint_fills_the_backbone(pictures, tmp_path, monkeypatch):
-    flags = ["--data", pictures, "--arch", "resnet18w0.125", "--size", 32, "--epochs", 1, "--batch-size", 16, "--queue", 32]
+    flags = ["--data", pictures, "--arch", "resnet18w0.25", "--size", 32, "--epochs", 1, "--batch-size", 16, "--queue", 32]
     assert run_script(moco, monkeypatch, *flags, "--out", tmp_path / "moco") == 0
     init = ["--init", tmp_path / "moco" / "last.pt", "--size", 32, "--batch-size", 16, "--data", pictures]
     assert run(monkeypatch, *init, "--epochs", 1, "--out", tmp_path / "out") == 0

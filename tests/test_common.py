@@ -76,7 +76,7 @@ def test_w_multiplies_every_channel_count():
         times = [1 if name == "conv1.weight" and d == 1 or d > 1 else 2 for d in range(w.ndim)]
         assert list(w.shape) == [t * s for t, s in zip(times, p.shape)], name
     assert common.resnet("resnet18w0.25").channels == [16, 32, 64, 128]
-    assert len(common.resnet("resnet200w0.125").layer3) == 36
+    assert len(common.resnet("resnet200w0.25").layer3) == 36
 
 
 def test_resnext_has_torchvisions_keys_and_shapes_and_the_papers_46_million_parameters():

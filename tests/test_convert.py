@@ -174,10 +174,10 @@ def test_a_pyramid_lands_level_by_level_where_torchvision_begins_at_p3(checkpoin
 
 
 def test_the_part_asked_for_is_converted(tmp_path, monkeypatch, capsys):
-    model = moco.MoCo("resnet18w0.125", 8, queue=8)
+    model = moco.MoCo("resnet18w0.25", 8, queue=8)
     with torch.no_grad():
         model.encoder_k.backbone.conv1.weight.add_(1)
-    path = write_checkpoint(tmp_path / "last.pt", "moco", model, "resnet18w0.125")
+    path = write_checkpoint(tmp_path / "last.pt", "moco", model, "resnet18w0.25")
     weight = {}
     for part in convert.PARTS:
         assert run(monkeypatch, path, tmp_path / "out.pth", "--part", part) == 0
@@ -208,9 +208,9 @@ def bad(tmp_path, kind):
     elif kind == "tensors":
         torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "last.pt")
     elif kind == "no target":
-        write_checkpoint(tmp_path / "last.pt", "detcon", detcon.DetCon("resnet18w0.125", "s", 64, hidden=8, dim=8), "resnet18w0.125")
+        write_checkpoint(tmp_path / "last.pt", "detcon", detcon.DetCon("resnet18w0.25", "s", 64, hidden=8, dim=8), "resnet18w0.25")
     elif kind == "detector":
-        write_checkpoint(tmp_path / "last.pt", "detect", nn.Linear(2, 2), "resnet18w0.125")
+        write_checkpoint(tmp_path / "last.pt", "detect", nn.Linear(2, 2), "resnet18w0.25")
     return tmp_path / "last.pt"
 
 

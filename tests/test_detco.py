@@ -16,7 +16,7 @@ import moco
 from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
 
 run = partial(run_script, detco)
-TINY = dict(arch="resnet18w0.125", dim=16, queue=40, temperature=0.2, size=64)
+TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2, size=64)
 
 
 def tiny(**settings):
@@ -129,7 +129,7 @@ def test_loss_equals_equations_1_to_5_written_out_slowly(share):
 
 def test_without_patches_and_with_the_last_stage_alone_it_is_moco_v2():
     common.seed_device(1)
-    theirs = moco.MoCo("resnet18w0.125", 60, dim=16, queue=40, bn_splits=2)
+    theirs = moco.MoCo("resnet18w0.25", 60, dim=16, queue=40, bn_splits=2)
     ours = tiny(weights=[0.0, 0.0, 0.0, 1.0], local=False, bn_splits=2)
     state = {name.replace("projector", "mlp_global.0").replace("queue.", "queue_global.0."): x for name, x in theirs.state_dict().items()}
     ours.load_state_dict(state)
@@ -219,7 +219,7 @@ def test_two_processes_equal_one(step):
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16", "--queue", "32",
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--queue", "32",
             "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
 
 

@@ -300,7 +300,7 @@ def test_masks_come_back_as_they_were_written(folder, tmp_path):
 
 def tiny(variant="s", **settings):
     common.seed_device(0)
-    return detcon.DetCon(**{**dict(arch="resnet18w0.125", variant=variant, size=64, hidden=24, dim=16), **settings})
+    return detcon.DetCon(**{**dict(arch="resnet18w0.25", variant=variant, size=64, hidden=24, dim=16), **settings})
 
 
 def a_batch(n=4, m=6, size=64):
@@ -410,7 +410,7 @@ def test_resnet200_of_twice_the_width_trains_a_step():
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16", "--hidden",
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--hidden",
             "32", "--dim", "16", "--warmup", "1", "--workers", "0", "--print-every", "1", "--fh-scale", "50", *map(str, more)]
 
 

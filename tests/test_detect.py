@@ -323,7 +323,7 @@ def test_wrong_annotations_end_with_one_line(scenes, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("more, says", [
     (["--size", 96, 64], "the smaller comes first"), (["--batch-size", 64], "do not fill a batch of 64"), (["--arch", "resnet17"], "unknown --arch"),
-    (["--init", "nothing.pt"], "cannot be read"), (["--arch", "resnet18w0.1", "--model", "fcos"], "a width of a quarter")])
+    (["--init", "nothing.pt"], "cannot be read"), (["--arch", "resnet18w0.3", "--model", "fcos"], "a width of a quarter")])
 def test_wrong_flags_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, more, says):
     assert run(monkeypatch, *arguments(scenes, tmp_path, *more)) == 2
     error = capsys.readouterr().err

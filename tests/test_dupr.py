@@ -17,7 +17,7 @@ import dupr
 from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
 
 run = partial(run_script, dupr)
-TINY = dict(arch="resnet18w0.125", dim=16, queue=40, temperature=0.2)
+TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2)
 
 
 def tiny(**settings):
@@ -341,7 +341,7 @@ def test_patches_are_drawn_from_the_whole_global_batch_alike():
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16", "--queue", "64",
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--queue", "64",
             "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
 
 

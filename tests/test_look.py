@@ -16,7 +16,7 @@ import soco
 from conftest import run_script, write_pictures
 from transfer import look, page
 
-SMALL = ("--arch", "resnet18w0.0625", "--size", 32, "--batch-size", 8, "--max-steps", 2, "--print-every", 1, "--workers", 0)
+SMALL = ("--arch", "resnet18w0.25", "--size", 32, "--batch-size", 8, "--max-steps", 2, "--print-every", 1, "--workers", 0)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_curves_draw_the_values_of_the_logs_where_the_axes_say(tmp_path, monkeyp
 def test_views_are_as_large_as_in_training_or_twice_that_whatever_they_are_compared_with(runs, monkeypatch):
     for times, inits, size in ((1, ["moco", "random"], 32), (2, ["random", "moco"], 64), (2, ["random"], 448)):
         paths = [str(runs[init] / "last.pt") if init in runs else init for init in inits]
-        args = argparse.Namespace(init=paths, part="online", arch="resnet18w0.0625", seed=0, size=None, times=times)
+        args = argparse.Namespace(init=paths, part="online", arch="resnet18w0.25", seed=0, size=None, times=times)
         assert list(look.networks(args, "cpu")) == inits and args.size == size
 
 

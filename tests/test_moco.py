@@ -20,7 +20,7 @@ import moco
 from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
 
 run = partial(run_script, moco)
-TINY = dict(arch="resnet18w0.125", dim=16, queue=40, temperature=0.2)
+TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2)
 
 
 def tiny(mechanism="queue", images=60, **settings):
@@ -212,7 +212,7 @@ def test_schedules_are_those_of_the_papers():
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.125", "--size", "32", "--batch-size", "16",
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16",
             "--queue", "32", "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
 
 
@@ -233,7 +233,7 @@ def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pi
         assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
     backbone = {k.removeprefix("encoder_q.backbone."): v for k, v in weights(tmp_path / "whole").items()
                 if k.startswith("encoder_q.backbone.")}
-    common.resnet("resnet18w0.125").load_state_dict(backbone)
+    common.resnet("resnet18w0.25").load_state_dict(backbone)
     with Image.open(tmp_path / "whole" / "views.png") as picture:
         assert picture.width > 200 and picture.height > picture.width
 
@@ -294,7 +294,7 @@ def test_without_data_the_demo_trains_on_drawn_shapes(tmp_path, monkeypatch):
     (["--data", "nowhere"], "no such folder: nowhere"),
     (["--data", "EMPTY"], "no images below"),
     (["--arch", "vgg16"], "unknown --arch vgg16"),
-    (["--arch", "resnet18w0"], "unknown --arch resnet18w0"),
+    (["--arch", "resnet18w0.24"], "unknown --arch resnet18w0.24"),
     (["--batch-size", 200], "96 images do not fill a batch of 200"),
     (["--batch-size", 15, "--bn-splits", 4], "does not fall into 4 BN groups"),
     (["--size", 31], "31 must be at least 32"),

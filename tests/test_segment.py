@@ -15,7 +15,7 @@ from conftest import in_processes, rows, run_script, weights, without_speed
 from transfer import segment
 
 run = partial(run_script, segment)
-TINY = ["--init", "random", "--arch", "resnet18w0.125", "--size", 33, "--batch-size", 4, "--lr", 0.03, "--classes", 4, "--workers", 0]
+TINY = ["--init", "random", "--arch", "resnet18w0.25", "--size", 33, "--batch-size", 4, "--lr", 0.03, "--classes", 4, "--workers", 0]
 
 
 def write_labelled(folder, count=8, sizes=((48, 40), (56, 64))):
@@ -41,7 +41,7 @@ def labelled(tmp_path_factory):
     return write_labelled(tmp_path_factory.mktemp("labelled"))
 
 
-def tiny_fcn(classes=4, arch="resnet18w0.125"):
+def tiny_fcn(classes=4, arch="resnet18w0.25"):
     common.seed_device(0)
     return segment.FCN(common.resnet(arch, common.SyncBatchNorm), classes).eval()
 
@@ -110,7 +110,7 @@ def test_scores_stand_where_their_features_are_centred(size):
 
 def test_a_feature_of_the_dilated_backbone_is_centred_on_pixel_16_of_its_number():
     """By the gradient: the pixels that a feature of a network of constant weights depends on lie around its centre."""
-    backbone = common.resnet("resnet18w0.125").eval()
+    backbone = common.resnet("resnet18w0.25").eval()
     backbone.maxpool = nn.AvgPool2d(3, 2, 1)  # at the same place; of equal pixels a maximum is the first one's
     segment.dilate(backbone)
     for p in backbone.parameters():
