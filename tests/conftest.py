@@ -5,6 +5,9 @@ import socket
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:        # the tests share the cores already
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
