@@ -342,7 +342,7 @@ def test_two_processes_equal_one(pictures, tmp_path):
         one, two = (weights(tmp_path / f"{protocol}{world}") for world in (1, 2))
         for name, value in one.items():
             if value.is_floating_point():
-                torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(two[name], value, rtol=1e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("protocol", ["linear", "finetune"])

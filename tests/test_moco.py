@@ -70,7 +70,7 @@ def test_versions_have_the_heads_and_colours_of_their_papers():
     one, two = tiny(version=1), tiny(version=2)
     assert isinstance(one.encoder_q.projector, nn.Linear)
     assert [type(m) for m in two.encoder_q.projector] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert two.encoder_q.projector[0].weight.shape == (64, 64) and two.encoder_q.projector[2].weight.shape == (16, 64)
+    assert two.encoder_q.projector[0].weight.shape == (128, 128) and two.encoder_q.projector[2].weight.shape == (16, 128)
     assert one.photometric.strength.tolist() == pytest.approx([0.4, 0.4, 0.4, 0.4]) and one.photometric.blur_p == 0
     assert two.photometric.strength.tolist() == pytest.approx([0.4, 0.4, 0.4, 0.1]) and two.photometric.blur_p == 0.5
     assert moco.PAPER["temperature"] == 0.2 and moco.VERSION_1["temperature"] == 0.07 and moco.PAPER["queue"] == 65536
