@@ -53,6 +53,17 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
         assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 64, 6, 64)
 
 
+def test_weights_that_exist_are_judged_without_pre_training(data, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "runs" / "last.pt"
+    path.parent.mkdir()
+    path.touch()
+    todo = planned(monkeypatch, [*data, "--init", path], "runs-last")
+    assert [kind for kind, _, _ in todo] == ["objects", "AP, 10% of labels", "AP, 100% of labels"]
+    assert all(command[command.index("--init") + 1] == str(path) for _, command, _ in todo)
+    assert run(monkeypatch, *data, "--init", tmp_path / "nothing.pth") == 2
+    assert "no such file" in capsys.readouterr().err
+
+
 def test_a_share_of_the_labels_is_of_whole_images_and_another_seed_draws_others(tmp_path):
     folder = write_scenes(tmp_path / "train", 20)
     every, drawn = json.loads((folder / "notes.json").read_text()), []

@@ -111,7 +111,7 @@ def detectron2_forward(w, x, boxes):
 
 
 def close(a, b):
-    return (a - b).abs().max() <= 1e-4 * b.abs().max()
+    return (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @torch.no_grad()

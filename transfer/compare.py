@@ -4,6 +4,7 @@
     python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128
     python transfer/compare.py --methods moco soco --seeds 1 ...       some of it
     python transfer/compare.py --add soco "--proposals boxes.npz" ...  flags for one of the scripts
+    python transfer/compare.py --init ckpt_epoch_400.pth ...           beside weights that exist, ours or the authors'
 
 Every network sees the same images equally often in views of the same size, with the settings that the method's demo
 takes for a short run, over several seeds. `random` is the untrained network; `supervised`, a ceiling, has learned from
@@ -109,6 +110,8 @@ def tasks(args, method, seed):
         return [("supervised", script("transfer/classify.py", *ceiling, *shared), out / "supervised.json")]
     if method == "random":
         checkpoint = ["--init", "random", "--arch", args.arch]
+    elif method in args.files:
+        checkpoint = ["--init", args.files[method]]
     else:
         demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN}
         demo = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
@@ -239,6 +242,8 @@ def arguments():
     add("--knn", metavar="DIR", help="labeled train/, val/ for nearest neighbors (default: no; drawn shapes: yes)")
     add("--out", type=Path, default=Path("runs/compare"), help="where all of it goes (default: runs/compare)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which of the five (default: all)")
+    add("--init", nargs="+", type=Path, default=[], metavar="FILE",
+        help="weights to judge beside them, ours or the authors' (as classify.py's --init)")
     add("--seeds", type=count, default=3, help="networks of each method (default: 3)")
     add("--arch", default="resnet18w0.25", help="of all (default: resnet18w0.25)")
     add("--size", type=common.number(int, 32), default=64, help="side of views and images in pixels (default: 64)")
@@ -253,6 +258,10 @@ def arguments():
     if any(given) and not all(given):
         common.fail("--data, --train and --val go together: images to pre-train on, labeled ones to learn from and to "
                     "judge by")
+    for path in args.init:
+        if not path.is_file():
+            common.fail(f"--init {path}: no such file")
+    args.files = {"-".join(path.absolute().with_suffix("").parts[-2:]): path for path in args.init}
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else common.cores())
     return args
 
@@ -269,7 +278,7 @@ def main():
         args.train, args.val = ([str(folder / part), str(folder / f"{part}.json")] for part in ("train", "val"))
         args.add += [("soco", f"--proposals {folder}/boxes.npz"), ("detcon", f"--masks {folder}/masks")]
     args.images, args.labels = len(common.ImageFolder(args.data)), share_labels(args.train[1], args.seeds, args.out)
-    methods = ["random", *args.methods, "supervised"]
+    methods = ["random", *args.methods, *args.files, "supervised"]
     networks = [(method, seed) for seed in range(args.seeds) for method in methods]
     progress = Progress([kind for network in networks for kind, _, _ in tasks(args, *network)], args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
