@@ -1570,16 +1570,16 @@ class Run:
 
     def summary(self, **notes):
         """Print where the run ended: what the last rows say of each stat named, beside its note on how to read it."""
-        rows = self.rows()
+        rows, start = self.rows(), "at first" if getattr(self.args, "init", None) else "untrained"
         knns = [row["knn"] for row in rows if "knn" in row]
         stats = {name: [row[name] for row in rows if name in row][-5:] for name in notes}
         figures = [f"{name} {np.mean(values):.3g} ({notes[name]})" for name, values in stats.items() if values]
         if knns:
-            figures += [f"kNN {knns[-1]:.1%}" + (f" (untrained {knns[0]:.1%})" if "knn" in rows[0] else "")]
+            figures += [f"kNN {knns[-1]:.1%}" + (f" ({start} {knns[0]:.1%})" if "knn" in rows[0] else "")]
         probes = [{name: row[f"probe_{name}"] for name in ("c2", "c3", "c4", "c5")} for row in rows if "probe_c2" in row]
         if len(probes) == 2:
             best = max(probes[1], key=probes[1].get)
-            figures += [f"objects told by {best} {probes[1][best]:.1%} (untrained {probes[0][best]:.1%})"]
+            figures += [f"objects told by {best} {probes[1][best]:.1%} ({start} {probes[0][best]:.1%})"]
         if rank() == 0:
             say(f"step {self.step} of {self.total}: {', '.join(figures)}")
 
