@@ -195,7 +195,7 @@ class InfoNCEInParts(torch.autograd.Function):
     def forward(ctx, q, k, negatives, temperature):
         def some(q, k):  # [n, D] each
             positive = (q * k).sum(dim=1) / temperature
-            logits = q @ (negatives.T / temperature)                                      # [n, K]
+            logits = (q / temperature) @ negatives.T                                      # [n, K]
             nearest = logits.amax(dim=1)
             top = torch.maximum(positive, nearest)
             own, others = (positive - top).exp(), logits.sub_(top[:, None]).exp_()
