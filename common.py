@@ -5,7 +5,7 @@ momentum, LARS and schedules, photometric augmentation, images and sampler, weig
 monitor, object probe, command line.
 
 Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
-uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalised floats.
+uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalized floats.
 """
 import argparse
 import atexit
@@ -61,7 +61,7 @@ def fail(message, everywhere=False):
     sys.exit(2)
 
 
-def say(*words, sep=" "):
+def print_line(*words, sep=" "):
     """print for as long as somebody listens: a run does not end with the `tee` that it is piped to."""
     try:
         print(*words, sep=sep, flush=True)
@@ -84,9 +84,9 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                 signal.signal(number, self.receive)
-        os.register_at_fork(after_in_child=deaf)
+        os.register_at_fork(after_in_child=ignore_signals)
         atexit.register(end_children)
-        sys.excepthook, threading.excepthook = explain, explain_thread
+        sys.excepthook, threading.excepthook = report_crash, report_thread_crash
 
     def receive(self, number, frame):
         again = self.signal
@@ -127,7 +127,7 @@ class Stop:
 stop = Stop()
 
 
-def deaf(worker=None):
+def ignore_signals(worker=None):
     """In a child: leave to the parent what a terminal or a cluster sends to all; in a loader's worker SIGTERM too."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -141,7 +141,7 @@ def end_children():
         child.kill()
 
 
-def explain(kind, error, trace):
+def report_crash(kind, error, trace):
     """sys.excepthook: one line, no traceback, when the machine is at fault, or the settings ask too much of it."""
     text, chain = str(error).strip() or kind.__name__, [error]
     while chain[-1].__context__ is not None:
@@ -164,7 +164,7 @@ def explain(kind, error, trace):
     sys.exit(128 + stop.signal if stop.signal else 1)
 
 
-def explain_thread(args):
+def report_thread_crash(args):
     """threading.excepthook: TensorBoard's thread hands its OSError to the main one, which explains it."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
@@ -183,12 +183,12 @@ def init_distributed():
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=1),  # while process 0 alone judges what all have found
-                                **meeting_place())
+                                **rendezvous())
     stop.listen()  # now: a process that waits for the others runs no handler of Python's, and SIGTERM has to end it
     return device
 
 
-def meeting_place():
+def rendezvous():
     """Where the processes of this attempt find each other, as arguments of init_process_group.
 
     torchrun keeps one store for all its attempts, so that after a restart it still holds the addresses of the dead.
@@ -265,7 +265,7 @@ def barrier():
         dist.barrier()
 
 
-def parallel(model, device, compiled=False):
+def wrap_ddp(model, device, compiled=False):
     """The model as the loop calls it: compiled where asked for, and with gradients averaged over processes.
 
     On a GPU colors are compiled in any case, if the machine can: 30 passes over the batch instead of 120.
@@ -432,10 +432,10 @@ def roi_align(features, boxes, output_size, stride):
     features [N, C, H, W] at `stride`; boxes [N, K, 4] xyxy in pixels of the network's input -> [N*K, C, S, S],
     image-major and channels_last. In float32 at least, whatever autocast says: bf16 cannot tell pixel 256 from 257.
     """
-    wide, = float32(features)
+    x, = to_float32(features)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None]
-    rois = torch.cat([image.to(wide), boxes.flatten(0, 1).to(wide)], dim=1)  # [N*K, 5]
-    pooled = torchvision.ops.roi_align(wide, rois, output_size, 1 / stride, aligned=True)
+    rois = torch.cat([image.to(x), boxes.flatten(0, 1).to(x)], dim=1)  # [N*K, 5]
+    pooled = torchvision.ops.roi_align(x, rois, output_size, 1 / stride, aligned=True)
     return pooled.to(features.dtype, memory_format=torch.channels_last)
 
 
@@ -450,7 +450,7 @@ def mlp(width, hidden, dim, bias=True):
 class Queue(nn.Module):
     """A first-in-first-out dictionary of keys (MoCo Sec. 3.2).
 
-    `.keys` is [size, dim] and L2-normalised, random at first. `.enqueue` writes over the oldest rows in place, so call
+    `.keys` is [size, dim] and L2-normalized, random at first. `.enqueue` writes over the oldest rows in place, so call
     it after the backward pass of a loss that used them.
     """
 
@@ -461,7 +461,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put in the rows of `keys` [N, dim], normalised, of every process, in rank order; any N, the same in all."""
+        """Put in the rows of `keys` [N, dim], normalized, of every process, in rank order; any N, the same in all."""
         self.put(all_gather(keys.detach()))
 
     @torch.no_grad()
@@ -474,7 +474,7 @@ class Queue(nn.Module):
         self.position.copy_((self.position + count) % size)
 
 
-def float32(*tensors):
+def to_float32(*tensors):
     """The tensors in float32, or in float64 where they are."""
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
@@ -482,11 +482,11 @@ def float32(*tensors):
 def info_nce(q, k, negatives, temperature):
     """InfoNCE (MoCo Eq. 1): tell each query's own key from the negatives.
 
-    q, k: [N, D], negatives: [K, D], all L2-normalised. Returns the mean over N, in nats:
+    q, k: [N, D], negatives: [K, D], all L2-normalized. Returns the mean over N, in nats:
     about log(K + 1) for a network that knows nothing.
     """
     with torch.autocast(q.device.type, enabled=False):                   # bf16 is too coarse for a similarity / 0.07
-        q, k, negatives = float32(q, k, negatives)
+        q, k, negatives = to_float32(q, k, negatives)
         positive = (q * k).sum(dim=1, keepdim=True)                      # [N, 1]
         logits = torch.cat([positive, q @ negatives.T], dim=1)           # [N, 1 + K]
         target = torch.zeros(len(q), dtype=torch.long, device=q.device)  # the key is column 0
@@ -497,7 +497,7 @@ def info_nce(q, k, negatives, temperature):
 def pretext_accuracy(q, k, negatives):
     """Share of the queries that are nearer to their own key than to every negative; a tie is no hit."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k, negatives = float32(q, k, negatives)
+        q, k, negatives = to_float32(q, k, negatives)
         return ((q * k).sum(dim=1) > (q @ negatives.T).amax(dim=1)).float().mean()
 
 
@@ -566,7 +566,7 @@ def learning_rate(base, step, total, warmup=0, drops=None):
 # --- Photometric augmentation, a whole batch at once -----------------------------------------------------------------
 
 class Photometric(nn.Module):
-    """Colour work on the device: uint8 views [N, 3, H, W] -> normalised float, every sample with its own draw.
+    """Color work on the device: uint8 views [N, 3, H, W] -> normalized float, every sample with its own draw.
 
     The distributions are those of torchvision's ColorJitter (its four ops in a random order, applied with probability
     `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; a kernel of a tenth of the view, 23 at
@@ -576,11 +576,11 @@ class Photometric(nn.Module):
     contrast is about each channel's mean; saturation is HSV's.
     """
 
-    def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grey_p=0.0,
+    def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grayscale_p=0.0,
                  blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0, family="torchvision", mean=MEAN, std=STD):
         super().__init__()
         self.blend = {"torchvision": blend, "dm_pix": hsv_blend}[family]
-        self.jitter_p, self.grey_p, self.blur_p, self.solarize_p = jitter_p, grey_p, blur_p, solarize_p
+        self.jitter_p, self.grayscale_p, self.blur_p, self.solarize_p = jitter_p, grayscale_p, blur_p, solarize_p
         self.sigma, self.jitters = sigma, any((brightness, contrast, saturation, hue))
         self.register_buffer("strength", torch.tensor([brightness, contrast, saturation, hue]), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -596,9 +596,9 @@ class Photometric(nn.Module):
         low, high = self.sigma
         return {
             "factor": torch.where(jitter, factor, 1.0),          # [n, 3] brightness, contrast, saturation
-            "hue": torch.where(jitter[:, 0], hue, 0.0),          # [n] turns of the colour circle
+            "hue": torch.where(jitter[:, 0], hue, 0.0),          # [n] turns of the color circle
             "order": uniform(4).argsort(dim=1),                  # [n, 4] which op comes first, ...; op 3 is hue
-            "grey": uniform() < self.grey_p,                     # [n]
+            "grayscale": uniform() < self.grayscale_p,                     # [n]
             "blur": uniform() < self.blur_p,                     # [n]
             "sigma": low + (high - low) * uniform(),             # [n] pixels
             "solarize": uniform() < self.solarize_p,             # [n]
@@ -621,8 +621,8 @@ class Photometric(nn.Module):
             x = self.turn_hue(x, draw["hue"])
             for place in (1, 2, 3):
                 x = self.blend(x, draw["order"][:, place], torch.where(hue_at < place, factor[:, place], 1.0))
-        if self.grey_p:
-            x = torch.where(draw["grey"].view(-1, 1, 1, 1), luma(x), x)
+        if self.grayscale_p:
+            x = torch.where(draw["grayscale"].view(-1, 1, 1, 1), luma(x), x)
         if self.blur_p:
             x = self.gaussian_blur(x, torch.where(draw["blur"], draw["sigma"], 1e-3))  # so narrow a kernel does nothing
         if self.solarize_p:
@@ -658,8 +658,8 @@ def blend(x, op, factor):
     x: [N, 3, H, W] in [0, 1]; op and factor: [N]. Any op with factor 1 does nothing.
     """
     op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
-    grey = luma(x)                                                            # [N, 1, H, W]
-    anchor = torch.where(op == 2, grey, grey.mean(dim=(2, 3), keepdim=True) * (op == 1))
+    gray = luma(x)                                                            # [N, 1, H, W]
+    anchor = torch.where(op == 2, gray, gray.mean(dim=(2, 3), keepdim=True) * (op == 1))
     return torch.lerp(anchor, x, factor).clamp_(0, 1)
 
 
@@ -677,11 +677,11 @@ def hsv_blend(x, op, factor):
 
 
 def luma(x):
-    """Grey of RGB [N, 3, H, W] -> [N, 1, H, W], with torchvision's weights."""
+    """Gray of RGB [N, 3, H, W] -> [N, 1, H, W], with torchvision's weights."""
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-# --- Images: one photo, a folder of them, shapes drawn on the fly ----------------------------------------------------
+# --- Images: one image, a folder of them, shapes drawn on the fly ----------------------------------------------------
 
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -717,11 +717,11 @@ def open_image(path):
     return Image.open(io.BytesIO(Path(path).read_bytes()))
 
 
-class Photo:
+class LazyImage:
     """One image; JPEG is not decoded before views are cut from it. `.size` is (width, height), upright."""
 
     def __init__(self, image, index):
-        self.image, self.index = image, index
+        self.pil, self.index = image, index
         orientation = image.getexif().get(0x0112)
         self.turn = TURNS.get(orientation)
         self.size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
@@ -730,9 +730,9 @@ class Photo:
         """The upright image, RGB; a JPEG at the smallest of its scales that is still `scale` times its size."""
         with decoding():
             if scale < 1:
-                self.image.draft(None, [math.ceil(side * scale) for side in self.image.size])
-            self.image.load()  # a torn file shows itself here
-            image = to_rgb(self.image)
+                self.pil.draft(None, [math.ceil(side * scale) for side in self.pil.size])
+            self.pil.load()  # a torn file shows itself here
+            image = to_rgb(self.pil)
             return image if self.turn is None else image.transpose(self.turn)
 
     def shrunk(self):
@@ -740,7 +740,7 @@ class Photo:
         size = shrunk(self.size)
         return np.asarray(self.decode(size[0] / self.size[0]).resize(size, Image.Resampling.BILINEAR))
 
-    def cut(self, crops, sizes, resample=Image.Resampling.BILINEAR):
+    def crop(self, crops, sizes, resample=Image.Resampling.BILINEAR):
         """Cut every crop (xyxy, pixels of the image) to a square of its size; gives RGB PIL images.
 
         Call it once with all crops, since it decodes once, at the scale that still gives each of them its pixels: a
@@ -760,7 +760,7 @@ def shrunk(size):
 
 def to_rgb(image):
     """Any mode that Pillow reads as 8-bit RGB."""
-    if image.mode.startswith("I"):     # 16-bit grey: the high byte
+    if image.mode.startswith("I"):     # 16-bit gray: the high byte
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":              # a palette may hold transparency, which Pillow takes to RGB only by way of RGBA
         image = image.convert("RGBA")
@@ -798,7 +798,7 @@ def center_crop(size):
     return x, y, x + side, y + side
 
 
-class ColorAugment(torchvision.transforms.RandAugment):
+class PhotometricRandAugment(torchvision.transforms.RandAugment):
     """RandAugment without the operations that move the picture."""
 
     def _augmentation_space(self, *args):
@@ -812,7 +812,7 @@ def rand_augment(image, rng, magnitude=28, moves=True):
     Without `moves` each pixel stays where it is. 28 changes a picture as much as InfoMin's operations, which DUPR cites,
     do at their strength of 10 of 10.
     """
-    augment = torchvision.transforms.RandAugment if moves else ColorAugment
+    augment = torchvision.transforms.RandAugment if moves else PhotometricRandAugment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2 ** 63)))
         return augment(magnitude=magnitude)(image)
@@ -846,12 +846,12 @@ class ImageFolder:
         start = self.ends[i - 1] + 1 if i else 0
         return os.fsdecode(self.names[start:self.ends[i]].tobytes())
 
-    def photo(self, i):
+    def image(self, i):
         with decoding():
             image = open_image(self.root / self.name(i))
             if image.width * image.height > self.max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than --max-pixels {self.max_pixels}")
-            return Photo(image, i)
+            return LazyImage(image, i)
 
     def only(self, names, what):
         """Keep these images alone, a list of bytes, in its order. Exits with 2 where one of them is not there; what: who names
@@ -875,7 +875,7 @@ class ImageFolder:
             fail(f"{self.root}: class {min(strange)} is not among the training classes")
         return torch.tensor([number[folder] for folder in folders]), list(number)
 
-    def identity(self):
+    def fingerprint(self):
         """What tells this data from other data, wherever it lies: plain values."""
         return {"images": len(self), "names": zlib.crc32(self.names)}
 
@@ -921,7 +921,7 @@ def polygon(k):
     return lambda u, v, r, a: r * np.cos(a % (2 * np.pi / k) - np.pi / k) - np.cos(np.pi / k)
 
 
-KINDS = {  # name: outline, inside where <= 0, and pattern, second colour where > 0; (u, v) in [-1, 1], polar (r, a)
+SHAPE_CLASSES = {  # name: outline, inside where <= 0, and pattern, second color where > 0; (u, v) in [-1, 1], polar (r, a)
     "ball": (lambda u, v, r, a: r - 0.95, lambda u, v, r, a: np.sin(9 * v)),
     "tile": (lambda u, v, r, a: np.maximum(abs(u), abs(v)) - 0.8, lambda u, v, r, a: np.sin(7 * u) * np.sin(7 * v)),
     "sail": (polygon(3), lambda u, v, r, a: np.cos(13 * u) + np.cos(13 * v) - 0.6),
@@ -940,15 +940,15 @@ KINDS = {  # name: outline, inside where <= 0, and pattern, second colour where 
 }
 
 
-def colour(rng, grey):
-    """A muted colour around a grey level: bright ones would tell two pictures apart with no look at their shapes."""
-    return np.clip(grey + rng.uniform(-45, 45, 3), 0, 255)
+def color(rng, gray):
+    """A muted color around a gray level: bright ones would tell two pictures apart with no look at their shapes."""
+    return np.clip(gray + rng.uniform(-45, 45, 3), 0, 255)
 
 
 class Shapes:
     """Scenes drawn on the fly, with boxes, masks and classes: the data of every demo and of tests.
 
-    A kind has its outline and its pattern, as birds have feathers and cars have wheels; colours, size, pose and ground
+    A kind has its outline and its pattern, as birds have feathers and cars have wheels; colors, size, pose and ground
     are free. `single`: one object on plainer ground, its class i modulo the number of kinds. Picture i of a seed is the
     same everywhere.
     """
@@ -971,22 +971,22 @@ class Shapes:
         rng = np.random.default_rng((3, self.seed, i))
         size, grid = self.size, np.arange(self.size) + 0.5
         x, y = grid[None, :], grid[:, None]
-        classes = [i % len(KINDS)] if self.single else rng.integers(len(KINDS), size=rng.integers(1, 6))
+        classes = [i % len(SHAPE_CLASSES)] if self.single else rng.integers(len(SHAPE_CLASSES), size=rng.integers(1, 6))
         angle = rng.uniform(0, 2 * np.pi)
         slope = np.clip((x * np.cos(angle) + y * np.sin(angle)) / size * 0.7 + 0.5, 0, 1)[..., None]
-        image = colour(rng, rng.uniform(20, 235)) * slope + colour(rng, rng.uniform(20, 235)) * (1 - slope)
+        image = color(rng, rng.uniform(20, 235)) * slope + color(rng, rng.uniform(20, 235)) * (1 - slope)
         for _ in range(0 if self.single else 3):  # waves on the ground of a scene
             wave = rng.normal(0, 10 / size, 2)
             image = image + np.sin(x * wave[0] + y * wave[1] + rng.uniform(0, 6))[..., None] * rng.uniform(-25, 25, 3)
         masks, areas = np.zeros((len(classes), size, size), bool), np.zeros(len(classes))
-        outlines = list(KINDS.values())
+        outlines = list(SHAPE_CLASSES.values())
         for n, kind in enumerate(classes):
             outline, pattern = outlines[kind]
             radius = size * (rng.uniform(0.32, 0.46) if self.single else rng.uniform(0.1, 0.28))
             cx, cy = rng.uniform(0.85 * radius, size - 0.85 * radius, 2)
             tilt, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
-            grey = rng.uniform(20, 235)
-            colours = np.stack([colour(rng, grey), colour(rng, (grey + rng.uniform(85, 170)) % 255)])
+            gray = rng.uniform(20, 235)
+            colors = np.stack([color(rng, gray), color(rng, (gray + rng.uniform(85, 170)) % 255)])
             span = 1.3 * radius
             rows = slice(max(0, int(cy - span)), int(cy + span) + 1)
             columns = slice(max(0, int(cx - span)), int(cx + span) + 1)
@@ -996,7 +996,7 @@ class Shapes:
             place = u, v, np.hypot(u, v), np.arctan2(v, u) + np.pi / 2  # polygons and stars stand on their base
             alpha = np.clip(0.5 - outline(*place) * radius, 0, 1)[..., None]  # an edge one pixel wide
             mix = np.clip(0.5 + 3 * pattern(*place), 0, 1)[..., None]
-            image[rows, columns] += alpha * (colours[0] * (1 - mix) + colours[1] * mix - image[rows, columns])
+            image[rows, columns] += alpha * (colors[0] * (1 - mix) + colors[1] * mix - image[rows, columns])
             inside = alpha[..., 0] > 0.5
             masks[:n, rows, columns] &= ~inside
             masks[n, rows, columns] = inside
@@ -1013,11 +1013,11 @@ class Shapes:
         By numpy alone: torch's threads do not outlive the fork, and an operation that waits for them waits for ever.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            pictures, self.boxes, self.classes, segments = zip(*pool.imap(self.labelled, range(self.count), chunksize=64))
+            pictures, self.boxes, self.classes, segments = zip(*pool.imap(self.labeled_scene, range(self.count), chunksize=64))
         self.pictures, self.segments = np.stack(pictures), np.stack(segments)
         return self
 
-    def labelled(self, i):
+    def labeled_scene(self, i):
         """(image, boxes, classes, label map uint8 [S, S]: 0 for the ground, k for object k) of picture i."""
         image, boxes, masks, classes = self.scene(i)
         segments = (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(axis=0).astype(np.uint8)
@@ -1027,25 +1027,25 @@ class Shapes:
         """Boxes [n, 4] and classes [n] of picture i, once all are drawn."""
         return self.boxes[i], self.classes[i]
 
-    def photo(self, i):
-        return Photo(Image.fromarray(self.scene(i)[0] if self.pictures is None else self.pictures[i]), i)
+    def image(self, i):
+        return LazyImage(Image.fromarray(self.scene(i)[0] if self.pictures is None else self.pictures[i]), i)
 
     def labels(self, classes=None):
-        return torch.arange(self.count) % len(KINDS), list(KINDS)
+        return torch.arange(self.count) % len(SHAPE_CLASSES), list(SHAPE_CLASSES)
 
-    def identity(self):
+    def fingerprint(self):
         return {"images": self.count, "names": zlib.crc32(self.names)}
 
 
 # --- From images to batches on the device ----------------------------------------------------------------------------
 
-def seed_device(*key):
+def seed_everything(*key):
     """Seed torch's generators, the device's too, with whole numbers such as (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence((4, len(key), *key)).generate_state(1, np.uint64)[0]))
 
 
 class Views(Dataset):
-    """views(photo, rng) -> dict of tensors, for the item (epoch, index), with draws that depend on nothing else.
+    """views(image, rng) -> dict of tensors, for the item (epoch, index), with draws that depend on nothing else.
 
     An image that cannot be decoded is reported under "bad", and another takes its place.
     """
@@ -1058,7 +1058,7 @@ class Views(Dataset):
         index, bad = item[1], ""
         for _ in range(20):
             try:
-                return {"index": item[1], **self.views(self.source.photo(index), rng), "bad": bad}
+                return {"index": item[1], **self.views(self.source.image(index), rng), "bad": bad}
             except Unreadable as error:
                 bad = bad or f"{self.source.name(index)} ({error})"
                 index = int(rng.integers(len(self.source)))
@@ -1090,7 +1090,7 @@ class Loader:
     def __init__(self, source, views, batches, workers, device, seed=0, collate=None):
         self.source, self.device, self.waited, self.seen = source, device, 0.0, 0
         self.loader = DataLoader(Views(source, views, seed), batch_sampler=batches, num_workers=workers,
-                                 collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=deaf,
+                                 collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                                  multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
@@ -1359,12 +1359,12 @@ def start_from(model, method, weights):
 
 # --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
 
-ONLY_RUNNING = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard", "prepare",
+RUNTIME_SETTINGS = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard", "prepare",
                 "train", "val", "eval_every", "init", "start"}
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path):
     """A binary file to write to, which comes to stand at `path` whole or not at all. An OSError says the path."""
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -1405,7 +1405,7 @@ def lock(folder):
 def save(path, **state):
     """Write a checkpoint; in process 0 alone."""
     if rank() == 0:
-        with whole(path) as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
 
 
@@ -1447,7 +1447,7 @@ class Run:
             fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
         self.total = args.epochs * self.steps_per_epoch
         self.last = min(self.total, args.max_steps or self.total)
-        self.settings = {name: x for name, x in vars(args).items() if name not in ONLY_RUNNING} | source.identity()
+        self.settings = {name: x for name, x in vars(args).items() if name not in RUNTIME_SETTINGS} | source.fingerprint()
         self.out, self.step, self.board = Path(args.out), 0, None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1463,7 +1463,7 @@ class Run:
             fail("the processes see different folders: --data and --out must be the same on every node")
         if rank() == 0:
             rows = [row for row in self.rows() if self.step and row["step"] <= self.step]
-            with whole(Path(self.out, "log.jsonl")) as file:
+            with atomic_write(Path(self.out, "log.jsonl")) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             if args.tensorboard:
                 try:
@@ -1511,7 +1511,7 @@ class Run:
                     self.save()
                     barrier()  # torchrun ends the others as soon as one is gone
                     if rank() == 0:
-                        say(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of {self.total}: "
+                        print_line(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of {self.total}: "
                             "the same command goes on")
                     finish()
                     sys.exit(128 + number)
@@ -1559,7 +1559,7 @@ class Run:
             row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
             with open(Path(self.out, "log.jsonl"), "a") as file:
                 file.write(json.dumps(row) + "\n")
-            say(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ")
+            print_line(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ")
             for name, value in values.items() if self.board else ():
                 self.board.add_scalar(name, value, self.step)
 
@@ -1581,7 +1581,7 @@ class Run:
             best = max(probes[1], key=probes[1].get)
             figures += [f"objects told by {best} {probes[1][best]:.1%} ({start} {probes[0][best]:.1%})"]
         if rank() == 0:
-            say(f"step {self.step} of {self.total}: {', '.join(figures)}")
+            print_line(f"step {self.step} of {self.total}: {', '.join(figures)}")
 
 
 def save_views(path, *views):
@@ -1592,12 +1592,12 @@ def save_views(path, *views):
     if rank() == 0:
         pictures = torch.stack(views, dim=1).flatten(0, 1).cpu()  # [N * views, 3, S, S]
         pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
-        with whole(path) as file:
+        with atomic_write(path) as file:
             torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), file, "png")
 
 
-def denormalised(x):
-    """The inverse of Photometric's normalisation, to look at: [..., 3, H, W] in [0, 1]."""
+def denormalize(x):
+    """The inverse of Photometric's normalization, to look at: [..., 3, H, W] in [0, 1]."""
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
     return (x * std + mean).clamp(0, 1)
 
@@ -1626,7 +1626,7 @@ class Files(Dataset):
         path = self.path(self.tasks[i])
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as file:
+            with atomic_write(path) as file:
                 self.write(self.tasks[i], file)
         except Unreadable as error:
             print(f"cannot decode {error}: no {path.name}", file=sys.stderr, flush=True)
@@ -1652,7 +1652,7 @@ def make_files(label, count, path, write, device):
             fail(f"cannot write {path(0).parent}: {error.strerror}")
         lock(path(0).parent)
     mine = iter(DataLoader(Files(path, write, tasks[rank()::world_size()]), batch_size=None, num_workers=cores(),
-                           worker_init_fn=deaf, multiprocessing_context="fork"))
+                           worker_init_fn=ignore_signals, multiprocessing_context="fork"))
     done, finished, start = 0, 0, time.perf_counter()
     while finished < len(tasks):
         meet = time.perf_counter() + 5
@@ -1664,25 +1664,25 @@ def make_files(label, count, path, write, device):
         if rank() == 0:
             took = time.perf_counter() - start
             left = time.strftime("%H:%M:%S", time.gmtime(took / max(finished, 1) * (len(tasks) - finished)))
-            say(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {left} left")
+            print_line(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {left} left")
 
 
 # --- kNN monitor -----------------------------------------------------------------------------------------------------
 
-def features(backbone, source, indices, size, device, workers, stage=5):
-    """Pooled, L2-normalised stage output of centre crops, batch by batch: (indices [n], features [n, C])."""
-    view = lambda photo, rng: {"view": to_tensor(photo.cut([center_crop(photo.size)], [size])[0])}
+def extract_features(backbone, source, indices, size, device, workers, stage=5):
+    """Pooled, L2-normalized stage output of center crops, batch by batch: (indices [n], features [n, C])."""
+    view = lambda image, rng: {"view": to_tensor(image.crop([center_crop(image.size)], [size])[0])}
     batches = ([(0, int(i)) for i in indices[start:start + 512]] for start in range(0, len(indices), 512))
-    normalise = Photometric().to(device)
+    normalize = Photometric().to(device)
     for batch in Loader(source, view, batches, workers, device):
-        c = backbone(normalise(batch["view"]), stage - 1)[-1]
+        c = backbone(normalize(batch["view"]), stage - 1)[-1]
         yield batch["index"], F.normalize(c.float().mean(dim=(2, 3)), dim=1)
 
 
 @torch.no_grad()
 @exact_products()
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
-    """Weighted k-nearest-neighbour top-1 of frozen c5 (Wu et al. 2018; the monitor of MoCo A.9), or of c2 to c4, in [0, 1].
+    """Weighted k-nearest-neighbor top-1 of frozen c5 (Wu et al. 2018; the monitor of MoCo A.9), or of c2 to c4, in [0, 1].
 
     Every process passes its share of the training images by all validation features and keeps the k nearest so far, so
     that no training feature is ever stored. `train`, `val`: sources with labels; k: fewer where there are fewer.
@@ -1694,13 +1694,13 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, 
     for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
         dist.broadcast(buffer, src=0)
     share = np.arange(rank(), len(val) + -len(val) % world_size(), world_size()) % len(val)  # as many in every process
-    index, rows = (all_gather(torch.cat(x)) for x in zip(*features(backbone, val, share, size, device, workers, stage)))
+    index, rows = (all_gather(torch.cat(x)) for x in zip(*extract_features(backbone, val, share, size, device, workers, stage)))
     queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C]
     best = torch.full((len(val), k), -2.0, device=device)                                      # similarities [M, k]
     label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
     labels = labels.to(device)
     mine = range(rank(), len(train), world_size())
-    for index, rows in features(backbone, train, mine, size, device, workers, stage):
+    for index, rows in extract_features(backbone, train, mine, size, device, workers, stage):
         with torch.autocast(device.type, enabled=False):  # the backbone may run in bf16, similarities may not
             best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
         label = torch.cat([label, labels[index].expand(len(val), -1)], dim=1).gather(1, place)
@@ -1713,7 +1713,7 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, 
 
 # --- Object probe ----------------------------------------------------------------------------------------------------
 
-def lists(rows):
+def collate_lists(rows):
     """Examples of different sizes as a batch: a list of each."""
     return {name: [row[name] for row in rows] for name in rows[0] if name != "index"}
 
@@ -1724,14 +1724,14 @@ def pool_stages(stages, boxes):
             for i, c in enumerate(stages, start=2)}
 
 
-def object_view(photo, rng, source, size):
+def object_view(image, rng, source, size):
     """An image made square, uint8 [3, size, size]; its boxes [k, 4] xyxy in pixels of the view, and their classes [k].
 
     source.objects(i): boxes in pixels of image i, and classes.
     """
-    boxes, classes = source.objects(photo.index)
-    view, = photo.cut([(0, 0, *photo.size)], [size])
-    boxes = boxes * np.tile(size / np.array(photo.size), 2)
+    boxes, classes = source.objects(image.index)
+    view, = image.crop([(0, 0, *image.size)], [size])
+    boxes = boxes * np.tile(size / np.array(image.size), 2)
     return {"view": to_tensor(view), "boxes": torch.from_numpy(boxes).float(), "classes": torch.from_numpy(classes)}
 
 
@@ -1741,7 +1741,7 @@ def box_features(encode, source, images, size, device, workers=0):
     view = partial(object_view, source=source, size=size)
     mine, found = list(images)[rank()::world_size()], []
     batches = ([(0, int(i)) for i in mine[start:start + 64]] for start in range(0, len(mine), 64))
-    for batch in Loader(source, view, batches, workers, device, collate=lists):
+    for batch in Loader(source, view, batches, workers, device, collate=collate_lists):
         rows = encode(torch.stack(batch["view"]), batch["boxes"])
         found.append({name: x.cpu() for name, x in {**rows, "classes": torch.cat(batch["classes"])}.items()})
     shares = [found]
@@ -1782,11 +1782,11 @@ def ridge(x, y, x_val):
 def probe(backbone, train, val, size, device, workers=0):
     """{"c2": accuracy in [0, 1], ..., "c5"}: of how many annotated boxes of `val` a linear classifier of a stage's features,
     learned from those of `train`, tells the class."""
-    training, normalise = backbone.training, Photometric().to(device)
+    training, normalize = backbone.training, Photometric().to(device)
     backbone.eval()
     for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
         dist.broadcast(buffer, src=0)
-    encode = lambda views, boxes: pool_stages(backbone(normalise(views)), boxes)
+    encode = lambda views, boxes: pool_stages(backbone(normalize(views)), boxes)
     (x, y), (x_val, y_val) = (box_features(encode, source, range(len(source)), size, device, workers) for source in (train, val))
     backbone.train(training)
     return {name: (ridge(x[name], F.one_hot(y), x_val[name]).argmax(dim=1) == y_val).float().mean().item() for name in x}
@@ -1808,28 +1808,28 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(prepare=False, data=None)  # --prepare: of the methods that have something to make before training
         self.own = self.add_argument_group("the paper's" if demo else "of this script")
         add = self.add_argument_group("common to all" + (" five methods" if demo else "")).add_argument
-        count = number(int, 1)
+        count = bounded(int, 1)
         if demo:
             add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
             add("--init", metavar="FILE", help="weights to start from: last.pt, those that the authors of MoCo, DetCo "
                 "or SoCo released, torchvision's ResNet, Detectron2's .pkl (default: random)")
             add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
-            add("--size", type=number(int, 32, 8192), help="side of a view in pixels, 32 or more: the network's stride")
-            add("--knn", metavar="DIR", help="labelled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
+            add("--size", type=bounded(int, 32, 8192), help="side of a view in pixels, 32 or more: the network's stride")
+            add("--knn", metavar="DIR", help="labeled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
             add("--compile", action="store_true", help="torch.compile the model")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
             help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
         add("--epochs", type=count, help="passes over the data")
-        add("--batch-size", type=number(int, 2), help="images a step, over all processes")
-        add("--lr", type=number(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
-        add("--workers", type=number(int, 0, 256),
+        add("--batch-size", type=bounded(int, 2), help="images a step, over all processes")
+        add("--lr", type=bounded(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
+        add("--workers", type=bounded(int, 0, 256),
             help=f"loader processes of each process (default: {paper.get('workers', 16)}, or its cores if fewer; "
                  "0 without a GPU)")
-        add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of every random draw (default: 0)")
+        add("--seed", type=bounded(int, 0, 2 ** 63), default=0, help="of every random draw (default: 0)")
         add("--max-steps", type=count, help="stop early, with a checkpoint (default: no)")
         add("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
         add("--print-every", type=count, help="steps between lines of the log")
-        add("--max-pixels", type=number(int, 1), default=ImageFolder.max_pixels,
+        add("--max-pixels", type=bounded(int, 1), default=ImageFolder.max_pixels,
             help="an image with more counts as one that cannot be decoded (default: %(default)s)")
         add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on a GPU that has it, Ampere and later)")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
@@ -1867,7 +1867,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def number(kind, low, high=1e9):
+def bounded(kind, low, high=1e9):
     """An argparse type: an int or float from low to high, which is no bound but of reason when none is given."""
     def parse(text):
         if not low <= kind(text) <= high:  # nan is in no range
@@ -1889,7 +1889,7 @@ def choose_bn_splits(args):
              "change --batch-size or --bn-splits")
 
 
-def compare_queue(args, source):
+def warn_if_queue_is_long(args, source):
     """Say so where the queue is longer than the data."""
     if args.queue > len(source) and rank() == 0:
         print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so older keys of a query's "

@@ -42,7 +42,7 @@ def jigsaw_sizes(size):
     return 3 * round(85 * size / 224), round(64 * size / 224)
 
 
-def views(photo, rng, size, min_area, augment="moco", magnitude=28, local=True):
+def views(image, rng, size, min_area, augment="moco", magnitude=28, local=True):
     """Two global views and the regions of two sets of nine patches, each mirrored half of the time.
 
     Gives x_q and x_k, uint8 [3, size, size]; with `local` p_q and p_k, uint8 [3, 255, 255] (at 224), and at_q and at_k,
@@ -51,9 +51,9 @@ def views(photo, rng, size, min_area, augment="moco", magnitude=28, local=True):
     region, patch = jigsaw_sizes(size)
     areas, sizes = [(min_area, 1.0)] * 2 + [(0.6, 1.0)] * 2, [size] * 2 + [region] * 2
     names = ["x_q", "x_k", "p_q", "p_k"][:4 if local else 2]
-    crops = [common.random_crop(photo.size, area, rng) for _, area in zip(names, areas)]
+    crops = [common.random_crop(image.size, area, rng) for _, area in zip(names, areas)]
     batch = {}
-    for name, view in zip(names, photo.cut(crops, sizes[:len(crops)])):
+    for name, view in zip(names, image.crop(crops, sizes[:len(crops)])):
         view = ImageOps.mirror(view) if rng.random() < 0.5 else view
         view = common.rand_augment(view, rng, magnitude) if augment == "rand" else view
         batch[name] = common.to_tensor(view)
@@ -63,10 +63,10 @@ def views(photo, rng, size, min_area, augment="moco", magnitude=28, local=True):
     return batch
 
 
-def photometric():
-    """MoCo v2's colours, for regions as for global views. A region is coloured before it is divided, as the text has it, so that
+def color_augmentation():
+    """MoCo v2's colors, for regions as for global views. A region is colored before it is divided, as the text has it, so that
     its patches share a draw; "the same parameters" as the global views' we take to be those of the distribution."""
-    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5)
+    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
 
 def patches(x, corners, side):
@@ -83,7 +83,7 @@ def patches(x, corners, side):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Backbone with an MLP head for each stage of weight > 0 and, apart, one for its nine patches: `dim`-D, normalised.
+    """Backbone with an MLP head for each stage of weight > 0 and, apart, one for its nine patches: `dim`-D, normalized.
 
     The hidden layer is as wide as c5 (2048), whatever comes in: "the same as MoCo v2, except for the input channel".
     """
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         """A global view [N, 3, H, W] -> [N, dim] of each stage."""
         f = self.backbone(x, self.depth)
-        return [normalised(mlp(f[i].mean(dim=(2, 3)))) for i, mlp in zip(self.stages, self.mlp_global)]
+        return [normalize(mlp(f[i].mean(dim=(2, 3)))) for i, mlp in zip(self.stages, self.mlp_global)]
 
     def local(self, x):
         """Patches [N*9, 3, s, s], all in one pass -> [N, dim] of each stage.
@@ -112,12 +112,12 @@ class Encoder(nn.Module):
         with running_statistics_kept(self.backbone):
             f = self.backbone(x, self.depth)
         pooled = [f[i].mean(dim=(2, 3)).view(len(x) // 9, -1) for i in self.stages]       # [N, 9*C]
-        return [normalised(mlp(p)) for p, mlp in zip(pooled, self.mlp_local)]
+        return [normalize(mlp(p)) for p, mlp in zip(pooled, self.mlp_local)]
 
 
 @contextmanager
 def running_statistics_kept(backbone):
-    """BN normalises by its batch as ever, but its running statistics, with which the backbone will see whole images, do not hear
+    """BN normalizes by its batch as ever, but its running statistics, with which the backbone will see whole images, do not hear
     of it: nine patches an image would make most of them their own."""
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -129,7 +129,7 @@ def running_statistics_kept(backbone):
             norm.track_running_stats = True
 
 
-def normalised(x):
+def normalize(x):
     return F.normalize(x.float(), dim=1)
 
 
@@ -142,7 +142,7 @@ class DetCo(nn.Module):
         super().__init__()
         self.w = [weight for weight in weights if weight]
         self.momentum, self.temperature, self.patch = momentum, temperature, jigsaw_sizes(size)[1]
-        self.photometric = photometric()
+        self.photometric = color_augmentation()
         self.encoder_q = Encoder(arch, weights, dim, bn_splits, local)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         queues = lambda: nn.ModuleList(common.Queue(dim, queue) for _ in (self.w[:1] if share_queue else self.w))
@@ -191,10 +191,10 @@ def save_views(path, model, batch):
     """views.png: both global views and their nine patches, laid out as they lay, of a few images."""
     columns = []
     for name in ("x_q", "x_k"):
-        columns.append(common.denormalised(model.photometric(batch[name])[:8]))
+        columns.append(common.denormalize(model.photometric(batch[name])[:8]))
     for name in ("q", "k") if model.queue_local is not None else ():
         nine = patches(model.photometric(batch[f"p_{name}"]), batch[f"at_{name}"], model.patch)[:72]
-        nine = F.pad(common.denormalised(nine), (1, 1, 1, 1))                             # [8*9, 3, s, s], a black frame
+        nine = F.pad(common.denormalize(nine), (1, 1, 1, 1))                             # [8*9, 3, s, s], a black frame
         tiles = nine.unflatten(0, (-1, 3, 3)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         columns.append(F.interpolate(tiles, columns[0].shape[-2:]))
     common.save_views(path, *columns)
@@ -203,18 +203,18 @@ def save_views(path, model, batch):
 def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
-    add("--weights", type=common.number(float, 0), nargs=4, help="w of Eq. 1 for Res2, Res3, Res4, Res5")
+    add("--weights", type=common.bounded(float, 0), nargs=4, help="w of Eq. 1 for Res2, Res3, Res4, Res5")
     add("--no-local", action="store_true", help="without patches: stages alone (Table 1 b); with --weights 0 0 0 1 MoCo v2's loss")
     add("--share-queue", action="store_true", help="one global and one local queue for all stages (Table 16, with --no-local)")
     add("--augment", choices=["moco", "rand"], help="moco: MoCo v2's; rand: RandAugment before it, for DetCo+AA")
-    add("--augment-magnitude", type=common.number(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
-    add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
-    add("--momentum", type=common.number(float, 0, 1), help="m, of the key network")
-    add("--temperature", type=common.number(float, 1e-3), help="tau")
-    add("--dim", type=common.number(int, 1), help="length of a query or key")
-    add("--min-area", type=common.number(float, 1e-3, 1), help="smallest share of the image in a global view")
-    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--bn-splits", type=common.number(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    add("--augment-magnitude", type=common.bounded(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
+    add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
+    add("--momentum", type=common.bounded(float, 0, 1), help="m, of the key network")
+    add("--temperature", type=common.bounded(float, 1e-3), help="tau")
+    add("--dim", type=common.bounded(int, 1), help="length of a query or key")
+    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a global view")
+    add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
     args = parser.parse()
     if not any(args.weights):
         common.fail("--weights: one of the four must be above 0")
@@ -226,25 +226,25 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args)
-    common.compare_queue(args, source)
-    common.seed_device(args.seed)
+    common.warn_if_queue_is_long(args, source)
+    common.seed_everything(args.seed)
     model = DetCo(args.arch, args.weights, args.queue, args.momentum, args.temperature, args.dim, args.size,
                   not args.no_local, args.share_queue, args.bn_splits if common.world_size() == 1 else 1)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "detco", model, optimizer)
-    cut = partial(views, size=args.size, min_area=args.min_area, augment=args.augment,
+    make_views = partial(views, size=args.size, min_area=args.min_area, augment=args.augment,
                   magnitude=args.augment_magnitude, local=not args.no_local)
-    batches = run.batches(cut, device)
-    ddp = common.parallel(model, device, args.compile)
+    batches = run.batches(make_views, device)
+    ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
         run.monitor(model.encoder_q.backbone, monitor, device)
     for batch in batches:
         if run.step == 0:
-            common.seed_device(args.seed, run.step, common.rank())
+            common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

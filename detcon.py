@@ -49,21 +49,22 @@ DEMO = dict(
 # Views (Sec. 3.1, A.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def views(photo, rng, masks, size, num_masks, pooling="soft", count=2, keep=False):
+def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=False):
     """Two random crops of one image, each mirrored half of the time, and `num_masks` masks of each.
 
-    masks(photo) gives the image's masks [H, W] or [H, W, channels], over the whole image at any resolution. Returns x1
+    masks(image) gives the image's masks [H, W] or [H, W, channels], over the whole image at any resolution. Returns x1
     and x2, uint8 [3, size, size]; ids1 and ids2 [M], which mask of the image each is; masks1 and masks2
     [M, S/32, S/32], how much each cell of c5 weighs in it. With a count of 1 there is no x2, and both sets of masks are
     drawn from x1. `keep`: also members1 and members2, bool [M, size, size], to look at.
     """
-    crops = [common.random_crop(photo.size, (0.08, 1.0), rng) for _ in range(count)]
-    pictures, whole, batch = photo.cut(crops, [size] * count, Image.Resampling.BICUBIC), masks(photo), {}
+    crops = [common.random_crop(image.size, (0.08, 1.0), rng) for _ in range(count)]
+    pictures = image.crop(crops, [size] * count, Image.Resampling.BICUBIC)
+    labels, batch = masks(image), {}
     for i in (1, 2):
         if i <= count:
             x, mirrored = pictures[i - 1], rng.random() < 0.5
             batch[f"x{i}"] = common.to_tensor(ImageOps.mirror(x) if mirrored else x)
-            mask = cut(whole, crops[i - 1], photo.size, size, mirrored)
+            mask = crop_labels(labels, crops[i - 1], image.size, size, mirrored)
             share = shares(mask, -(-size // 32), hard=pooling == "hard")
         ids, weights = draw(share, num_masks, rng, one_cell=pooling == "sample")
         batch |= {f"ids{i}": torch.from_numpy(ids), f"masks{i}": torch.from_numpy(weights)}
@@ -72,10 +73,10 @@ def views(photo, rng, masks, size, num_masks, pooling="soft", count=2, keep=Fals
     return batch
 
 
-def cut(labels, crop, photo_size, size, mirrored=False):
+def crop_labels(labels, crop, image_size, size, mirrored=False):
     """The nearest labels at the pixels of `crop` (xyxy, pixels of the image) made size x size."""
     across, down = ((crop[k] + (np.arange(size) + 0.5) * (crop[k + 2] - crop[k]) / size) * labels.shape[1 - k]
-                    / photo_size[k] for k in (0, 1))
+                    / image_size[k] for k in (0, 1))
     return labels[down.astype(int)[:, None], across.astype(int)[::-1 if mirrored else 1]]
 
 
@@ -128,9 +129,9 @@ def member(mask, k):
     return mask.reshape(*mask.shape[:2], -1)[..., k // 256] == k % 256
 
 
-def photometric(variant, view, size):
+def color_augmentation(variant, view, size):
     """The colors of view 1 or 2 (table of A.1); blur's sigma is 0.1 to 2 pixels at 224."""
-    same = dict(jitter_p=0.8, grey_p=0.2, sigma=(0.1 * size / 224, 2.0 * size / 224), family="dm_pix")
+    same = dict(jitter_p=0.8, grayscale_p=0.2, sigma=(0.1 * size / 224, 2.0 * size / 224), family="dm_pix")
     if variant == "s":
         return common.Photometric(0.8, 0.8, 0.8, 0.2, blur_p=[1.0, 0.0][view - 1], **same)
     return common.Photometric(0.4, 0.4, 0.2, 0.1, blur_p=[1.0, 0.1][view - 1], solarize_p=[0.0, 0.2][view - 1], **same)
@@ -169,7 +170,7 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
     projections as predictions and targets, and trains through both.
     """
     with torch.autocast(pred1.device.type, enabled=False):
-        pred1, pred2, target1, target2 = (F.normalize(x, dim=2) for x in common.float32(pred1, pred2, target1, target2))
+        pred1, pred2, target1, target2 = (F.normalize(x, dim=2) for x in common.to_float32(pred1, pred2, target1, target2))
         mine = torch.arange(len(ids1), device=ids1.device)                                # these among all images
         if gather:
             mine = mine + common.rank() * len(ids1)
@@ -206,7 +207,7 @@ class DetCon(nn.Module):
     def __init__(self, arch, variant="s", size=224, temperature=0.1, hidden=2048, dim=128, negatives=None):
         super().__init__()
         self.variant, self.temperature, self.negatives = variant, temperature, negatives
-        self.photometric = nn.ModuleList(photometric(variant, view, size) for view in (1, 2))
+        self.photometric = nn.ModuleList(color_augmentation(variant, view, size) for view in (1, 2))
         self.online = Encoder(arch, hidden, dim)
         if variant == "b":
             self.predictor = common.mlp(dim, hidden, dim, bias=False)
@@ -261,7 +262,7 @@ class DetCon(nn.Module):
 # Masks (Sec. 3.2)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def felzenszwalb(photo, scales):
+def felzenszwalb(image, scales):
     """Felzenszwalb-Huttenlocher segments, minimum size = scale -> uint8 [H, W], or [H, W, number of scales].
 
     H x W is the image's size, made smaller if its longer side has more than the 500 pixels that are usual in ImageNet:
@@ -269,11 +270,11 @@ def felzenszwalb(photo, scales):
     """
     import cv2
     cv2.setNumThreads(1)  # every core has an image of its own
-    image, labels = photo.shrunk(), []
+    pixels, labels = image.shrunk(), []
     for scale in scales:
         smallest, segments = scale, None
         while segments is None or segments.max() > 255:  # more segments than a byte tells apart: join the smallest
-            segments = cv2.ximgproc.segmentation.createGraphSegmentation(0.8, scale, smallest).processImage(image)
+            segments = cv2.ximgproc.segmentation.createGraphSegmentation(0.8, scale, smallest).processImage(pixels)
             smallest *= 2
         labels.append(segments.astype(np.uint8))
     return labels[0] if len(scales) == 1 else np.stack(labels, axis=2)
@@ -284,7 +285,7 @@ def make_masks(folder, source, scales, device):
     common.need_opencv("--masks fh", "--masks grid5")
 
     def write(k, file):
-        Image.fromarray(felzenszwalb(source.photo(k), scales)).save(file, "png")
+        Image.fromarray(felzenszwalb(source.image(k), scales)).save(file, "png")
 
     path = partial(mask_path, folder, source)
     common.make_files(f"masks of {len(source)} images", len(source), path, write, device)
@@ -294,32 +295,32 @@ def mask_path(folder, source, i):
     return Path(folder, source.name(i)).with_suffix(".png")
 
 
-def read_mask(photo, folder, source):
-    """The masks of a photo from its PNG: 8-bit grey or palette, a set of labels; RGB, three sets; 16-bit grey, up to 16
+def read_mask(image, folder, source):
+    """The masks of an image from its PNG: 8-bit gray or palette, a set of labels; RGB, three sets; 16-bit gray, up to 16
     masks that may overlap, one a bit. Of the image's size, or of 500 pixels where `felzenszwalb` made it."""
-    path = mask_path(folder, source, photo.index)
+    path = mask_path(folder, source, image.index)
     if not path.exists():
         raise common.Unreadable(f"no mask {path}")
     with common.decoding():
         mask = np.asarray(common.open_image(path))
     if mask.dtype == np.int32 and mask.max() < 65536:
-        mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit grey
+        mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit gray
     if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):
         raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
-    if mask.shape[1::-1] not in (photo.size, common.shrunk(photo.size)):
-        width, height = photo.size
+    if mask.shape[1::-1] not in (image.size, common.shrunk(image.size)):
+        width, height = image.size
         raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {width} x {height}")
     return mask.astype(np.uint8) if mask.dtype == bool else mask
 
 
 def open_masks(args, source, device):
-    """(masks(photo) of --masks, made where they are missing; what they are, wherever they lie)."""
+    """(masks(image) of --masks, made where they are missing; what they are, wherever they lie)."""
     if re.fullmatch(r"grid\d+", args.masks):  # n x n squares (Figure 3)
         n = int(args.masks[4:])
         squares = np.arange(n * n).astype(np.uint8).reshape(n, n)
-        return lambda photo: squares, args.masks
+        return lambda image: squares, args.masks
     if args.masks == "truth":
-        return lambda photo: source.segments[photo.index], args.masks
+        return lambda image: source.segments[image.index], args.masks
     stem, count = Counter(source.name(i).rpartition(".")[0] for i in range(len(source))).most_common(1)[0]
     if count > 1:
         common.fail(f"{count} images are named {stem}, but for the ending, and would share a mask: rename them")
@@ -346,7 +347,7 @@ def save_views(path, model, batch, source, views, seed):
     again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the masks in full
     items, columns = [again[0, index] for index in batch["index"][:8].tolist()], []
     for i in [i for i in (1, 2) if f"x{i}" in batch]:
-        x = (common.denormalised(model.photometric[i - 1](batch[f"x{i}"])[:8]) * 255).byte().cpu()
+        x = (common.denormalize(model.photometric[i - 1](batch[f"x{i}"])[:8]) * 255).byte().cpu()
         drawn = []
         for picture, item in zip(x, items):
             mask_of = dict(zip(item[f"ids{i}"].tolist(), item[f"members{i}"]))            # those drawn twice, once
@@ -362,21 +363,21 @@ def arguments():
     add("--variant", choices=["s", "b"], help="s: SimCLR's framework; b: BYOL's")
     add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/fh-1000 if missing; "
         "N x N squares; or a PNG for each image, in the same subfolders (demo: the drawn objects themselves)")
-    add("--fh-scale", type=common.number(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
+    add("--fh-scale", type=common.bounded(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
     add("--prepare", action="store_true", help="make the masks and stop")
-    add("--num-masks", type=common.number(int, 1), help="M, the masks of a view in a step")
+    add("--num-masks", type=common.bounded(int, 1), help="M, the masks of a view in a step")
     add("--mask-pooling", choices=["soft", "hard", "sample"], help="features of a mask: weighted by its share of each "
         "cell; of the cells that it has most of, as in the released code; or of one cell within (Sec. 4.4)")
     add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b)")
-    add("--negatives", type=common.number(int, 1), metavar="N",
+    add("--negatives", type=common.bounded(int, 1), metavar="N",
         help="contrast N images at a time (Table 5 a: 32; default: the whole batch)")
-    add("--temperature", type=common.number(float, 1e-3), help="tau")
-    add("--momentum", type=common.number(float, 0, 1), help="of b's target at the start (.99; .996 at 1000 epochs)")
-    add("--weight-decay", type=common.number(float, 0), help="of weights; 1.5e-6 with b at 1000 epochs")
+    add("--temperature", type=common.bounded(float, 1e-3), help="tau")
+    add("--momentum", type=common.bounded(float, 0, 1), help="of b's target at the start (.99; .996 at 1000 epochs)")
+    add("--weight-decay", type=common.bounded(float, 0), help="of weights; 1.5e-6 with b at 1000 epochs")
     add("--schedule", choices=["cosine", "steps"], help="steps: a tenth at 96 %% and 98 %%, as on COCO")
-    add("--hidden", type=common.number(int, 1), help="width of the hidden layer of the heads; 4096 with b")
-    add("--dim", type=common.number(int, 1), help="length of a latent; 256 with b")
-    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--hidden", type=common.bounded(int, 1), help="width of the hidden layer of the heads; 4096 with b")
+    add("--dim", type=common.bounded(int, 1), help="length of a latent; 256 with b")
+    add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     args = parser.parse(lambda args: {**(GRID1 if args.masks == "grid1" else {}), **(B if args.variant == "b" else {}),
                                       **(B_1000 if args.variant == "b" and (args.epochs or 0) >= 1000 else {})})
     if args.masks == "truth" and args.data is not None:
@@ -402,7 +403,7 @@ def main():
     masks, args.masks = open_masks(args, source, device)
     if args.prepare:
         return common.finish()
-    common.seed_device(args.seed)
+    common.seed_everything(args.seed)
     model = DetCon(args.arch, args.variant, args.size, args.temperature, args.hidden, args.dim, args.negatives)
     model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -411,15 +412,15 @@ def main():
     make_views = partial(views, masks=masks, size=args.size, num_masks=args.num_masks, pooling=args.mask_pooling,
                          count=args.views)
     batches = run.batches(make_views, device)
-    ddp = common.parallel(model, device, args.compile)
+    ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
         run.monitor(model.online.backbone, monitor, device)
     for batch in batches:
         if run.step == 0 and common.rank() == 0:
-            common.seed_device(args.seed, run.step, common.rank())
+            common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch, source, make_views, args.seed)
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch),
                                   drops=(0.96, 0.98) if args.schedule == "steps" else None)

@@ -41,17 +41,17 @@ DEMO = dict(
 # Views (Sec. 3.2.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def two_views(photo, rng, size, min_area, augment="moco", magnitude=28):
+def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
     """Two random crops, each mirrored half of the time, and where they overlap.
 
     Gives x_q and x_k, uint8 [3, size, size]; box_q and box_k [1, 4], the intersection in xyxy pixels of each view;
     flip_q and flip_k, whether it is mirrored; overlap, whether there is an intersection (where not, boxes are whole views).
     """
-    r1, r2 = (common.random_crop(photo.size, (min_area, 1.0), rng) for _ in range(2))                # Eq. 3
+    r1, r2 = (common.random_crop(image.size, (min_area, 1.0), rng) for _ in range(2))                # Eq. 3
     b = max(r1[0], r2[0]), max(r1[1], r2[1]), min(r1[2], r2[2]), min(r1[3], r2[3])                   # Eq. 4
     overlap = b[0] < b[2] and b[1] < b[3]
     batch = {"overlap": torch.tensor(overlap)}
-    for name, r, view in zip("qk", (r1, r2), photo.cut([r1, r2], [size, size])):
+    for name, r, view in zip("qk", (r1, r2), image.crop([r1, r2], [size, size])):
         flip = bool(rng.random() < 0.5)
         box = to_view(b if overlap else r, r, size, flip)                                            # B_1 = T_1(B)
         view = ImageOps.mirror(view) if flip else view
@@ -68,9 +68,9 @@ def to_view(box, crop, size, flip):
     return (size - x2, y1, size - x1, y2) if flip else (x1, y1, x2, y2)
 
 
-def photometric():
-    """MoCo v2's colours."""
-    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5)
+def color_augmentation():
+    """MoCo v2's colors."""
+    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class DUPR(nn.Module):
         super().__init__()
         self.alpha, self.beta = ([weight for weight in weights if weight] for weights in (alpha, beta))
         self.patch_keys, self.momentum, self.temperature = min(patch_keys, queue), momentum, temperature
-        self.photometric = photometric()
+        self.photometric = color_augmentation()
         self.encoder_q = Encoder(arch, alpha, beta, dim, bn_splits, roi_size)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.image_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.alpha)   # one for each loss
@@ -173,7 +173,7 @@ def patch_nce(q, k, overlap, negatives, temperature):
     """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> this process's part of the loss, in nats,
     and of the share of patches that are nearest to their own. Averaged over processes, as DDP does, they are means over the
     patches of all overlapping pairs: the paper's sum would weigh 49 to 196 times the image loss. 0 where none overlaps."""
-    rows = common.float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
+    rows = common.to_float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
     losses, hits = InfoNCEInParts.apply(*rows, temperature)
     weight = overlap.float()[:, None] / q.shape[1]                                        # [N, 1]
     count = common.all_gather(overlap.float()).sum().clamp(min=1) / common.world_size()
@@ -227,7 +227,7 @@ def save_views(path, model, batch):
     """
     columns = []
     for name in "qk":
-        views = (common.denormalised(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
+        views = (common.denormalize(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
         pictures = []
         for view, box, flip, overlap in zip(views, batch[f"box_{name}"], batch[f"flip_{name}"], batch["overlap"]):
             factor, side = 448 // view.shape[-1] + 1, model.encoder_q.roi_size or -(-view.shape[-1] // 32)
@@ -248,21 +248,21 @@ def save_views(path, model, batch):
 def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
-    add("--alpha", type=common.number(float, 0), nargs=4, help="weights of the image losses of conv2_x to conv5_x (Eq. 2)")
-    add("--beta", type=common.number(float, 0), nargs=4, help="weights of the patch losses")
+    add("--alpha", type=common.bounded(float, 0), nargs=4, help="weights of the image losses of conv2_x to conv5_x (Eq. 2)")
+    add("--beta", type=common.bounded(float, 0), nargs=4, help="weights of the patch losses")
     add("--augment", choices=["rand", "rand-moves", "moco"],
         help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of its operations, which move "
              "patches; moco: MoCo v2's alone")
-    add("--augment-magnitude", type=common.number(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
-    add("--roi-size", type=common.number(int, 1), help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
-    add("--queue", type=common.number(int, 1), help="K, the keys in each queue")
-    add("--patch-keys", type=common.number(int, 1), help="patches of the global batch that a level's queue takes in a step")
-    add("--momentum", type=common.number(float, 0, 1), help="of the key network")
-    add("--temperature", type=common.number(float, 1e-3), help="tau; 0.2 with --augment moco")
-    add("--dim", type=common.number(int, 1), help="length of a query or key")
-    add("--min-area", type=common.number(float, 1e-3, 1), help="smallest share of the image in a crop")
-    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--bn-splits", type=common.number(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    add("--augment-magnitude", type=common.bounded(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
+    add("--roi-size", type=common.bounded(int, 1), help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
+    add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
+    add("--patch-keys", type=common.bounded(int, 1), help="patches of the global batch that a level's queue takes in a step")
+    add("--momentum", type=common.bounded(float, 0, 1), help="of the key network")
+    add("--temperature", type=common.bounded(float, 1e-3), help="tau; 0.2 with --augment moco")
+    add("--dim", type=common.bounded(int, 1), help="length of a query or key")
+    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
+    add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
     args = parser.parse(lambda args: ABLATION if args.augment == "moco" or args.augment is None and not args.data else {})
     if not any(args.alpha + args.beta):
         common.fail("--alpha and --beta: one of the eight must be above 0")
@@ -274,8 +274,8 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args)
-    common.compare_queue(args, source)
-    common.seed_device(args.seed)
+    common.warn_if_queue_is_long(args, source)
+    common.seed_everything(args.seed)
     model = DUPR(args.arch, args.alpha, args.beta, args.queue, args.patch_keys, args.momentum, args.temperature, args.dim,
                  args.bn_splits if common.world_size() == 1 else 1, args.roi_size)
     model.to(device, memory_format=torch.channels_last)
@@ -284,15 +284,15 @@ def main():
     views = partial(two_views, size=args.size, min_area=args.min_area, augment=args.augment,
                     magnitude=args.augment_magnitude)
     batches = run.batches(views, device)
-    ddp = common.parallel(model, device, args.compile)
+    ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
         run.monitor(model.encoder_q.backbone, monitor, device)
     for batch in batches:
         if run.step == 0:
-            common.seed_device(args.seed, run.step, common.rank())
+            common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

@@ -39,22 +39,22 @@ DEMO = dict(
 # Views
 # ---------------------------------------------------------------------------------------------------------------------
 
-def two_views(photo, rng, size, min_area, key=True):
+def two_views(image, rng, size, min_area, key=True):
     """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size].
 
     Without `key` x_q alone, which is all that the memory bank needs. `index` is of the image that was cut, which may stand
     in for one that cannot be decoded.
     """
     names = ["x_q", "x_k"] if key else ["x_q"]
-    crops = [common.random_crop(photo.size, (min_area, 1.0), rng) for _ in names]
-    views = [ImageOps.mirror(view) if rng.random() < 0.5 else view for view in photo.cut(crops, [size] * len(crops))]
-    return {name: common.to_tensor(view) for name, view in zip(names, views)} | {"index": photo.index}
+    crops = [common.random_crop(image.size, (min_area, 1.0), rng) for _ in names]
+    views = [ImageOps.mirror(view) if rng.random() < 0.5 else view for view in image.crop(crops, [size] * len(crops))]
+    return {name: common.to_tensor(view) for name, view in zip(names, views)} | {"index": image.index}
 
 
-def photometric(version):
+def color_augmentation(version):
     if version == 1:
-        return common.Photometric(0.4, 0.4, 0.4, 0.4, grey_p=0.2)
-    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5)
+        return common.Photometric(0.4, 0.4, 0.4, 0.4, grayscale_p=0.2)
+    return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class MoCo(nn.Module):
                  dim=128, bn_splits=1, shuffle=True):
         super().__init__()
         self.mechanism, self.momentum, self.temperature, self.shuffle = mechanism, momentum, temperature, shuffle
-        self.photometric = photometric(version)
+        self.photometric = color_augmentation(version)
         self.encoder_q = Encoder(arch, version, dim, bn_splits)
         if mechanism == "queue":
             self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
@@ -172,13 +172,13 @@ def arguments():
     add("--schedule", choices=["cosine", "steps", "instagram"],
         help="steps: a tenth at 120 and at 160 of 200 epochs, version 1's; instagram: times 0.9 every 62500 steps")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
-    add("--queue", type=common.number(int, 1), help="K, the keys in the queue (or drawn from the bank)")
-    add("--momentum", type=common.number(float, 0, 1), help="m of Eq. 2; of the features for the bank (there 0.5)")
-    add("--temperature", type=common.number(float, 1e-3), help="tau of Eq. 1; 0.07 in version 1")
-    add("--dim", type=common.number(int, 1), help="length of a query or key")
-    add("--min-area", type=common.number(float, 1e-3, 1), help="smallest share of the image in a crop")
-    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--bn-splits", type=common.number(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    add("--queue", type=common.bounded(int, 1), help="K, the keys in the queue (or drawn from the bank)")
+    add("--momentum", type=common.bounded(float, 0, 1), help="m of Eq. 2; of the features for the bank (there 0.5)")
+    add("--temperature", type=common.bounded(float, 1e-3), help="tau of Eq. 1; 0.07 in version 1")
+    add("--dim", type=common.bounded(int, 1), help="length of a query or key")
+    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
+    add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
     args = parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
                                       **({"momentum": 0.5} if args.mechanism == "bank" else {})})
@@ -194,9 +194,9 @@ def main():
     if args.mechanism == "bank" and args.batch_size == len(source):
         common.fail(f"a batch of all {len(source)} images leaves none for negatives: take a smaller --batch-size")
     if args.mechanism == "queue":
-        common.compare_queue(args, source)
+        common.warn_if_queue_is_long(args, source)
 
-    common.seed_device(args.seed)
+    common.seed_everything(args.seed)
     model = MoCo(args.arch, len(source), args.version, args.mechanism, args.queue, args.momentum, args.temperature,
                  args.dim, bn_splits=args.bn_splits if common.world_size() == 1 else 1, shuffle=not args.no_shuffle)
     model.to(device, memory_format=torch.channels_last)
@@ -204,16 +204,16 @@ def main():
     run = common.Run(args, source, "moco", model, optimizer)
     views = partial(two_views, size=args.size, min_area=args.min_area, key=args.mechanism != "bank")
     batches = run.batches(views, device)
-    ddp = common.parallel(model, device, args.compile)
+    ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
         run.monitor(model.encoder_q.backbone, monitor, device)
     for batch in batches:
         if run.step == 0:
-            common.seed_device(args.seed, run.step, common.rank())
-            seen = [common.denormalised(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k") if name in batch]
+            common.seed_everything(args.seed, run.step, common.rank())
+            seen = [common.denormalize(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k") if name in batch]
             common.save_views(Path(args.out, "views.png"), *seen)
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = learning_rate(args, run.step, run.total, round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):

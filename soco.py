@@ -51,27 +51,27 @@ DEMO = dict(
 # Views (Sec. 3.2)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def object_views(photo, rng, proposals, sizes, num_proposals, jitter_p):
+def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
     """V1, the image made square; V2, a crop of V1; V3, V2 made smaller; V4, another crop of V1 (SoCo*, Sec. 4.3).
 
-    proposals(photo, rng) gives [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
+    proposals(image, rng) gives [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
     view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is the same
     proposal in each of them, jittered, clipped and mirrored on its own. It is inside V2, and V4 if there is one.
     """
-    image = np.array([0, 0, *photo.size], float)
-    boxes = proposals(photo, rng)
+    frame = np.array([0, 0, *image.size], float)  # of the whole image
+    boxes = proposals(image, rng)
     for _ in range(10):
         v2, v4 = (common.random_crop((sizes[0], sizes[0]), (0.5, 1.0), rng) for _ in range(2))
-        v2, v4 = (np.array(crop) * np.tile(photo.size, 2) / sizes[0] for crop in (v2, v4))  # pixels of the image
-        crops = [image, v2, v2, v4][:len(sizes)]
+        v2, v4 = (np.array(crop) * np.tile(image.size, 2) / sizes[0] for crop in (v2, v4))  # pixels of the image
+        crops = [frame, v2, v2, v4][:len(sizes)]
         kept = boxes[np.all([inside(boxes, crop) for crop in crops[1:]], axis=0)]
         if len(kept):
             break
     else:
-        kept = image[None]  # no proposal in sight: the whole image is the one object
+        kept = frame[None]  # no proposal in sight: the whole image is the one object
     kept = np.resize(rng.permutation(kept), (num_proposals, 4))  # all are taken before any is taken twice
     batch = {}
-    for i, (view, crop, size) in enumerate(zip(photo.cut(crops, sizes), crops, sizes), start=1):
+    for i, (view, crop, size) in enumerate(zip(image.crop(crops, sizes), crops, sizes), start=1):
         moved = jitter(kept, jitter_p, rng)
         moved = np.where(inside(moved, crop)[:, None], moved, kept)  # jitter takes no box out of the view
         boxes = to_view(moved, crop, size).clip(0, size)
@@ -105,10 +105,10 @@ def mirrored(boxes, size):
     return np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
-def photometric(view, size):
+def color_augmentation(view, size):
     """BYOL's colors: those of its first view for V1, of its second for the others; blur's sigma is 0.1 to 2 of 224."""
     blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
-    return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
+    return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
                               sigma=(0.1 * size / 224, 2.0 * size / 224))
 
 
@@ -181,7 +181,7 @@ class SoCo(nn.Module):
 
     def __init__(self, arch, detector="fpn", views=3, size=224, hidden=4096, dim=256, head=True, levels=True):
         super().__init__()
-        self.photometric = nn.ModuleList(photometric(view, size) for view in range(1, views + 1))
+        self.photometric = nn.ModuleList(color_augmentation(view, size) for view in range(1, views + 1))
         self.online = ObjectEncoder(arch, detector, size, hidden, dim, head, levels)
         self.predictor = common.mlp(dim, hidden, dim)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
@@ -189,14 +189,14 @@ class SoCo(nn.Module):
     def forward(self, batch):
         """batch: view1, view2, ... [N, 3, S, S] uint8 and boxes1, boxes2, ... [N, K, 4] -> L^SoCo and its stats."""
         views = [(colors(batch[f"view{i}"]), batch[f"boxes{i}"]) for i, colors in enumerate(self.photometric, start=1)]
-        normalize = lambda x: F.normalize(*common.float32(x), dim=1)
+        normalize = lambda x: F.normalize(*common.to_float32(x), dim=1)
         v_online = [normalize(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
         with torch.no_grad():
             v_target = [normalize(self.target(*view)) for view in views]                  # Eq. 3, 4
-        cosine = lambda a, b: (a * b).sum(dim=1).mean()                                   # Eq. 6: the mean over K and N
+        similarity = lambda a, b: (a * b).sum(dim=1).mean()                                   # Eq. 6: the mean over K and N
         loss, stats = 0, {}
         for i in range(1, len(views)):
-            forth, back = cosine(v_online[0], v_target[i]), cosine(v_online[i], v_target[0])
+            forth, back = similarity(v_online[0], v_target[i]), similarity(v_online[i], v_target[0])
             loss = loss - 2 * forth - 2 * back                                            # Eq. 5, and symmetrized
             stats[f"cosine{i + 1}"] = (forth + back).detach() / 2
         return loss, {**stats, "std": v_target[0].std(dim=0, correction=0).mean()}        # near 0: collapsed
@@ -210,7 +210,7 @@ class SoCo(nn.Module):
 # Proposals (Sec. 3.2, appendix A)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def selective_search(photo, space="HSV", scale=500, min_size=10):
+def selective_search(image, space="HSV", scale=500, min_size=10):
     """Selective search with the paper's scale 500, sigma 0.9 and min_size 10 -> [n, 4] xyxy pixels of the image.
 
     In HSV, with one strategy, where the paper is silent. An image whose longer side has more than 500 pixels is
@@ -219,15 +219,15 @@ def selective_search(photo, space="HSV", scale=500, min_size=10):
     import cv2
     from cv2.ximgproc import segmentation as cv
     cv2.setNumThreads(1)  # every core has an image of its own
-    image = photo.shrunk()
+    pixels = image.shrunk()
     search = cv.createSelectiveSearchSegmentation()
-    search.addImage(image if space == "RGB" else cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    search.addImage(pixels if space == "RGB" else cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV))
     search.addGraphSegmentation(cv.createGraphSegmentation(0.9, scale, min_size))
     search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(
         cv.createSelectiveSearchSegmentationStrategyColor(), cv.createSelectiveSearchSegmentationStrategyTexture(),
         cv.createSelectiveSearchSegmentationStrategySize(), cv.createSelectiveSearchSegmentationStrategyFill()))
     x, y, w, h = np.unique(search.process(), axis=0).T
-    return np.stack([x, y, x + w, y + h], axis=1) * np.tile(np.divide(photo.size, image.shape[1::-1]), 2)
+    return np.stack([x, y, x + w, y + h], axis=1) * np.tile(np.divide(image.size, pixels.shape[1::-1]), 2)
 
 
 def filter_proposals(boxes, size):
@@ -282,8 +282,8 @@ def make_proposals(path, source, device):
 def objects(source, i):
     """What selective search finds in image i: [n, 4] float32; no box where it cannot be decoded."""
     try:
-        photo = source.photo(i)
-        return filter_proposals(selective_search(photo), photo.size).astype(np.float32)
+        image = source.image(i)
+        return filter_proposals(selective_search(image), image.size).astype(np.float32)
     except common.Unreadable as error:
         print(f"cannot decode {source.name(i)} ({error}): no proposals", file=sys.stderr, flush=True)
         return np.zeros((0, 4), np.float32)
@@ -295,7 +295,7 @@ def save_proposals(path, source, boxes):
     The file is an .npz of `boxes` [M, 4]; `offsets` [N + 1], the boxes of image i being rows offsets[i] to
     offsets[i + 1]; and `names` uint8, the path of each image below the folder, ended by a zero byte.
     """
-    with common.whole(path) as file:
+    with common.atomic_write(path) as file:
         np.savez(file, boxes=np.concatenate([np.reshape(b, (-1, 4)) for b in boxes]),
                  offsets=np.cumsum([0, *map(len, boxes)]), names=source.names)
 
@@ -323,13 +323,13 @@ def read_proposals(path, source):
 
 
 class Proposals:
-    """proposals(photo, rng) gives the photo's boxes, [n, 4] xyxy pixels of the image; forked workers share them."""
+    """proposals(image, rng) gives the image's boxes, [n, 4] xyxy pixels of the image; forked workers share them."""
 
     def __init__(self, boxes, offsets):
         self.boxes, self.offsets = boxes, offsets
 
-    def __call__(self, photo, rng):
-        return np.asarray(self.boxes[self.offsets[photo.index]:self.offsets[photo.index + 1]], float)
+    def __call__(self, image, rng):
+        return np.asarray(self.boxes[self.offsets[image.index]:self.offsets[image.index + 1]], float)
 
     def __str__(self):
         checksum = zlib.crc32(self.offsets.astype(np.int64), zlib.crc32(np.ascontiguousarray(self.boxes)))
@@ -337,11 +337,11 @@ class Proposals:
 
 
 def open_proposals(args, source, device):
-    """(proposals(photo, rng), what they are): from the file --proposals, made where it is missing, or drawn."""
+    """(proposals(image, rng), what they are): from the file --proposals, made where it is missing, or drawn."""
     if args.proposals == "random":
-        return lambda photo, rng: random_boxes(photo.size, 100, rng), "random"  # so many that some are inside V2
+        return lambda image, rng: random_boxes(image.size, 100, rng), "random"  # so many that some are inside V2
     if args.proposals == "whole":
-        return lambda photo, rng: np.array([[0, 0, *photo.size]], float), "whole"
+        return lambda image, rng: np.array([[0, 0, *image.size]], float), "whole"
     if args.proposals == "truth":
         proposals = Proposals(np.concatenate(source.boxes), np.cumsum([0, *map(len, source.boxes)]))
     else:
@@ -371,7 +371,7 @@ def save_views(path, model, batch):
     """views.png: the views of a few images side by side, each in its size; a proposal has one color, and its level."""
     columns, size = [], model.online.size
     for i, colors in enumerate(model.photometric, start=1):
-        views, boxes = common.denormalised(colors(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
+        views, boxes = common.denormalize(colors(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
         labels = [None] * len(boxes)
         if model.online.detector == "fpn" and model.online.levels:
             labels = [[f"P{2 + level}" for level in row] for row in assign_levels(boxes, size)]
@@ -384,10 +384,10 @@ def save_figure_2(path, source, proposals):
     rng, pictures = np.random.default_rng(0), []
     for i in rng.permutation(len(source))[:8]:
         with contextlib.suppress(common.Unreadable):
-            photo = source.photo(i)
-            image = np.array([0, 0, *photo.size], float)
-            boxes = rng.permutation(to_view(proposals(photo, rng), image, 256))[:10]
-            picture = common.to_tensor(photo.cut([image], [256])[0]) / 255
+            image = source.image(i)
+            frame = np.array([0, 0, *image.size], float)
+            boxes = rng.permutation(to_view(proposals(image, rng), frame, 256))[:10]
+            picture = common.to_tensor(image.crop([frame], [256])[0]) / 255
             pictures.append(annotated(picture, torch.from_numpy(boxes), None, 256)[None])
     if pictures:
         common.save_views(path, *pictures)
@@ -408,13 +408,13 @@ def arguments():
     add("--views", type=int, choices=[2, 3, 4], help="3: V1, V2, V3; 4: SoCo*; 2: no V3, as with --detector c4")
     add("--no-head", action="store_true", help="FPN without the box head (Table 4)")
     add("--no-levels", action="store_true", help="FPN whose boxes are pooled on all levels (Table 4)")
-    add("--small-size", type=common.number(int, 16), help="side of V3 in pixels (default: half of --size)")
-    add("--num-proposals", type=common.number(int, 1), help="K, the boxes of an image in a step")
-    add("--jitter", type=common.number(float, 0, 1), help="probability of box jitter")
-    add("--momentum", type=common.number(float, 0, 1), help="tau at the start; it rises to 1")
-    add("--hidden", type=common.number(int, 1), help="width of the hidden layer of projector and predictor")
-    add("--dim", type=common.number(int, 1), help="length of an embedding")
-    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--small-size", type=common.bounded(int, 16), help="side of V3 in pixels (default: half of --size)")
+    add("--num-proposals", type=common.bounded(int, 1), help="K, the boxes of an image in a step")
+    add("--jitter", type=common.bounded(float, 0, 1), help="probability of box jitter")
+    add("--momentum", type=common.bounded(float, 0, 1), help="tau at the start; it rises to 1")
+    add("--hidden", type=common.bounded(int, 1), help="width of the hidden layer of projector and predictor")
+    add("--dim", type=common.bounded(int, 1), help="length of an embedding")
+    add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     args = parser.parse(lambda args: {**(WHOLE if args.proposals == "whole" else {}),
                                       **(C4 if args.detector == "c4" else {})})
     args.proposals = args.proposals or str(Path(args.out, "proposals.npz"))
@@ -438,7 +438,7 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args, single=False)
-    common.seed_device(args.seed)
+    common.seed_everything(args.seed)
     model = SoCo(args.arch, args.detector, args.views, args.size, args.hidden, args.dim, not args.no_head,
                  not args.no_levels)
     model.to(device, memory_format=torch.channels_last)
@@ -456,15 +456,15 @@ def main():
     views = partial(object_views, proposals=proposals, sizes=sizes, num_proposals=args.num_proposals,
                     jitter_p=args.jitter)
     batches = run.batches(views, device)
-    ddp = common.parallel(model, device, args.compile)
+    ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
         run.monitor(model.online.backbone, monitor, device, stage=4)
     for batch in batches:
         if run.step == 0:
-            common.seed_device(args.seed, run.step, common.rank())
+            common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

@@ -28,7 +28,6 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision.models.detection  # noqa: F401  what the runs will import
 from PIL import Image
@@ -42,7 +41,7 @@ SMALL = ["--arch", "resnet18w0.25", "--epochs", "2", "--save-every", "2", "--pri
 TINY = [*SMALL, "--data", "pictures", "--size", "32", "--batch-size", "16"]
 RUNS = {"moco.py": [*TINY, "--queue", "64", "--knn", "pictures"], "detco.py": [*TINY, "--queue", "64"],
         "dupr.py": [*TINY, "--queue", "64"], "soco.py": TINY, "detcon.py": TINY,
-        "transfer/detect.py": [*SMALL, "--init", "random", "--train", "scenes/images", "scenes/notes.json",
+        "transfer/detect.py": [*SMALL, "--init", "random", "--train", "scenes/images", "scenes/annotations.json",
                                "--size", "64", "64", "--rois", "16", "--batch-size", "4"]}
 
 
@@ -215,11 +214,11 @@ def damage(data, rng):
 
 
 def files(count, rng):
-    photo, sound = Image.fromarray(common.Shapes(1, 96, 0).scene(0)[0]), []
+    image, sound = Image.fromarray(common.Shapes(1, 96, 0).scene(0)[0]), []
     for suffix, mode in [(".jpg", "RGB"), (".jpg", "CMYK"), (".png", "RGB"), (".png", "P"), (".png", "I;16"),
                          (".webp", "RGB"), (".bmp", "RGB"), (".tif", "RGB"), (".tif", "L")]:
         file = io.BytesIO()
-        photo.convert("L" if mode == "I;16" else mode).convert(mode).save(file, Image.registered_extensions()[suffix])
+        image.convert("L" if mode == "I;16" else mode).convert(mode).save(file, Image.registered_extensions()[suffix])
         sound.append((suffix, file.getvalue()))
     sound.append((".png", b"P6 40000 40000 255\n" + bytes(100)))  # Pillow reads it as what it is
     folder = Path("files")
@@ -230,7 +229,7 @@ def files(count, rng):
     source = common.ImageFolder(folder)
     for k in range(len(source)):
         try:
-            view = source.photo(k).cut([(0, 0, 8, 8)], [32])[0]
+            view = source.image(k).crop([(0, 0, 8, 8)], [32])[0]
             yield source.name(k), "good" if view.mode == "RGB" and view.size == (32, 32) else f"{view.mode} {view.size}"
         except common.Unreadable:
             yield source.name(k), "good"

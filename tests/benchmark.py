@@ -88,8 +88,8 @@ def photo(args, folder):
     for name, size in sides.items():
         path = Path(jpegs(tempfile.mkdtemp(dir=folder), 1, size)) / "0.jpg"
         crops = [common.random_crop(size, (0.2, 1.0), np.random.default_rng(k)) for k in range(2)]
-        cut = seconds(lambda: common.Photo(Image.open(path), 0).cut(crops, [224, 224]))
-        whole = seconds(lambda: common.Photo(Image.open(path).convert("RGB"), 0).cut(crops, [224, 224]))
+        cut = seconds(lambda: common.LazyImage(Image.open(path), 0).crop(crops, [224, 224]))
+        whole = seconds(lambda: common.LazyImage(Image.open(path).convert("RGB"), 0).crop(crops, [224, 224]))
         print(f"photo: two views of a {name} JPEG {cut * 1000:.1f} ms, decoded whole {whole * 1000:.1f} ms")
 
 
@@ -136,7 +136,7 @@ def photometric(args, folder):
     """The batch at once against torchvision's functions sample by sample, on this device."""
     n = 256 if DEVICE.type == "cuda" else 32
     batch = torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
-    ours = moco.photometric(2).to(DEVICE)
+    ours = moco.color_augmentation(2).to(DEVICE)
     theirs = T.Compose([T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(0.2),
                         T.RandomApply([T.GaussianBlur(23, (0.1, 2.0))], p=0.5), T.Normalize(common.MEAN, common.STD)])
     a, b = seconds(lambda: ours(batch)), seconds(lambda: torch.stack([theirs(x / 255) for x in batch]), 2)
@@ -189,7 +189,7 @@ def all_levels(pyramid, boxes, levels, size):
 def pool_once(how):
     """Seconds and peak memory, in MB over the pyramid, of pooling 4 boxes an image and back, as a view of SoCo does."""
     n = 256 if DEVICE.type == "cuda" else 32
-    common.seed_device(0)
+    common.seed_everything(0)
     pyramid = [torch.randn(n, 256, side, side, device=DEVICE, requires_grad=True) for side in (56, 28, 14, 7)]
     low = torch.rand(n, 4, 2, device=DEVICE) * 112
     boxes = torch.cat([low, low + 24 + 88 * torch.rand_like(low)], dim=2)
@@ -215,14 +215,14 @@ def pyramid(args, folder):
 def family_step(name):
     """Seconds and peak memory, in MB over what the model takes, of a step of MoCo v2, DetCo or DUPR."""
     arch, n, size = ("resnet50", 64, 224) if DEVICE.type == "cuda" else ("resnet18w0.5", 16, 224)
-    common.seed_device(0)
+    common.seed_everything(0)
     settings = dict(arch=arch, queue=65536)
     model = {"moco": lambda: moco.MoCo(images=10**6, **settings), "detco": lambda: detco.DetCo(**settings),
              "dupr": lambda: dupr.DUPR(**settings)}[name]().to(DEVICE, memory_format=torch.channels_last)
-    photo, rng = common.Photo(Image.fromarray(common.Shapes(1, 256).scene(0)[0]), 0), np.random.default_rng(0)
+    image, rng = common.LazyImage(Image.fromarray(common.Shapes(1, 256).scene(0)[0]), 0), np.random.default_rng(0)
     views = {"moco": partial(moco.two_views, size=size, min_area=0.2), "detco": partial(detco.views, size=size, min_area=0.2),
              "dupr": partial(dupr.two_views, size=size, min_area=0.2)}[name]
-    batch = {key: x.to(DEVICE) for key, x in torch.utils.data.default_collate([views(photo, rng) for _ in range(n)]).items()}
+    batch = {key: x.to(DEVICE) for key, x in torch.utils.data.default_collate([views(image, rng) for _ in range(n)]).items()}
 
     def work():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
@@ -270,7 +270,7 @@ def checkpointed(q, k, overlap, negatives, temperature):
 
 def patch_loss(how, images):
     """Seconds and peak memory in MB of a patch loss on conv4_x, forward and backward, in the paper's queue."""
-    common.seed_device(0)
+    common.seed_everything(0)
     unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, 128, device=DEVICE), dim=-1)
     q, k, negatives = unit(images, 196).requires_grad_(), unit(images, 196), unit(65536)
     overlap = torch.ones(images, dtype=torch.bool, device=DEVICE)
@@ -294,17 +294,17 @@ def family(args, folder):
               f"{memory / figures['moco'][1]:.2f} of moco's")
 
 
-def search(photo, segments, histograms, scale, min_size):
+def search(image, segments, histograms, scale, min_size):
     """Selective search whose segments and histograms may be in two color spaces -> [n, 4] xyxy pixels of the image.
 
     OpenCV has one space for both, so two are grouped by hand; of one space both ways find nearly the same boxes.
     """
     if segments == histograms:
-        return soco.selective_search(photo, segments, scale, min_size)
+        return soco.selective_search(image, segments, scale, min_size)
     import cv2
     from cv2.ximgproc import segmentation as cv
-    image = photo.shrunk()
-    in_space = lambda space: image if space == "RGB" else cv2.cvtColor(image, getattr(cv2, f"COLOR_RGB2{space}"))
+    pixels = image.shrunk()
+    in_space = lambda space: pixels if space == "RGB" else cv2.cvtColor(pixels, getattr(cv2, f"COLOR_RGB2{space}"))
     labels = cv.createGraphSegmentation(0.9, scale, min_size).processImage(in_space(segments))
     size = np.bincount(labels.ravel()).tolist()
     strategy = cv.createSelectiveSearchSegmentationStrategyMultiple(
@@ -328,7 +328,7 @@ def search(photo, segments, histograms, scale, min_size):
         near = {c for pair in alike if a in pair or b in pair for c in pair} - {a, b}
         alike = {pair: x for pair, x in alike.items() if a not in pair and b not in pair}
         alike |= {(a, c): strategy.get(a, c) for c in near}
-    return np.array(sorted(found)) * np.tile(np.divide(photo.size, labels.shape[::-1]), 2)
+    return np.array(sorted(found)) * np.tile(np.divide(image.size, labels.shape[::-1]), 2)
 
 
 def true_boxes(scenes):
@@ -336,13 +336,13 @@ def true_boxes(scenes):
     if not scenes:
         source = common.Shapes(300, size=320)
         return source, {i: source.scene(i)[1] for i in range(len(source))}
-    notes = json.loads(Path(scenes, "annotations.json").read_text())
+    dataset = json.loads(Path(scenes, "annotations.json").read_text())
     source, truth = common.ImageFolder(Path(scenes, "images")), {}
     index = {source.name(i): i for i in range(len(source))}
-    index = {image["id"]: index[image["file_name"]] for image in notes["images"]}
-    for note in notes["annotations"]:
-        x, y, w, h = note["bbox"]
-        truth.setdefault(index[note["image_id"]], []).append([x, y, x + w, y + h])
+    index = {image["id"]: index[image["file_name"]] for image in dataset["images"]}
+    for annotation in dataset["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        truth.setdefault(index[annotation["image_id"]], []).append([x, y, x + w, y + h])
     return source, truth
 
 
@@ -362,20 +362,20 @@ def proposals(args, folder):
         rng, took, found, met, none, total = np.random.default_rng(0), 0.0, np.zeros(2), np.zeros(2), 0, 0
         objects, kept = 0, 0
         for i in range(count):
-            photo = source.photo(i)
+            image = source.image(i)
             start = time.perf_counter()
-            boxes = search(photo, *setting)
+            boxes = search(image, *setting)
             took += time.perf_counter() - start
             w, h = (boxes[:, 2:] - boxes[:, :2]).T
-            scale = np.sqrt(w * h / np.prod(photo.size))
+            scale = np.sqrt(w * h / np.prod(image.size))
             boxes = boxes[(1 / 3 <= w / h) & (w / h <= 3) & (0.3 <= scale) & (scale <= 0.8)]
             kept, none = kept + len(boxes), none + (len(boxes) == 0)
             here = np.array(truth.get(i, []), float).reshape(-1, 4)
-            side = np.sqrt((here[:, 2:] - here[:, :2]).prod(axis=1) / np.prod(photo.size))
+            side = np.sqrt((here[:, 2:] - here[:, :2]).prod(axis=1) / np.prod(image.size))
             here = here[(side >= 0.3) & (side <= 0.8)]
             objects += len(here)
             if len(here) and len(boxes):
-                for k, others in enumerate((boxes, soco.random_boxes(photo.size, len(boxes), rng))):
+                for k, others in enumerate((boxes, soco.random_boxes(image.size, len(boxes), rng))):
                     hits = box_iou(torch.from_numpy(here), torch.from_numpy(others)) >= 0.5
                     found[k] += hits.any(dim=1).sum().item()
                     met[k] += hits.any(dim=0).sum().item()
@@ -392,7 +392,7 @@ def proposals(args, folder):
 
 def loss_memory(dim):
     """Peak memory in MB of DetCon's loss, forward and backward, in one of the paper's 128 processes with 32 images."""
-    common.seed_device(0)
+    common.seed_everything(0)
     gathered = cycle(torch.randn(2, 4096, 16, dim, device=DEVICE, requires_grad=True))
     latents = [torch.randn(32, 16, dim, device=DEVICE, requires_grad=True) for _ in range(2)]
     ids = torch.randint(0, 12, (2, 32, 16), device=DEVICE)
@@ -411,20 +411,20 @@ def masks(args, folder):
     """Felzenszwalb-Huttenlocher segments: images/s of a core, and the average best overlap (Fig. 7) of them and of a grid
     with the true masks."""
     if args.scenes:
-        notes = json.loads(Path(args.scenes, "annotations.json").read_text())
+        dataset = json.loads(Path(args.scenes, "annotations.json").read_text())
         source = common.ImageFolder(Path(args.scenes, "images"))
         number = {source.name(i): i for i in range(len(source))}
-        number = {image["id"]: number[image["file_name"]] for image in notes["images"]}
+        number = {image["id"]: number[image["file_name"]] for image in dataset["images"]}
         truth = {}
-        for note in notes["annotations"]:
-            truth.setdefault(number[note["image_id"]], []).append(coco_masks.decode(note["segmentation"], None))
+        for annotation in dataset["annotations"]:
+            truth.setdefault(number[annotation["image_id"]], []).append(coco_masks.decode(annotation["segmentation"], None))
     else:
         source = common.Shapes(300, size=320)
         truth = {i: source.scene(i)[2] for i in range(len(source))}
     took, overlaps = 0.0, {"fh": [], "grid5": []}
     for i in range(min(len(source), 300)):
-        photo, start = source.photo(i), time.perf_counter()
-        segments = detcon.felzenszwalb(photo, [args.fh_scale])
+        image, start = source.image(i), time.perf_counter()
+        segments = detcon.felzenszwalb(image, [args.fh_scale])
         took += time.perf_counter() - start
         height, width = segments.shape
         grid = np.arange(25).reshape(5, 5)[np.arange(height)[:, None] * 5 // height, np.arange(width) * 5 // width]
@@ -448,8 +448,8 @@ def pooling(args, folder):
     """CPU-ms for the masks of a pair of views: all regions counted at once, against 16 full-size masks."""
     torch.set_num_threads(1)
     source, rng = common.Shapes(16, size=500), np.random.default_rng(0)
-    labels = [source.labelled(i)[2] for i in range(16)]
-    mask = lambda i: detcon.cut(labels[i], common.random_crop((500, 500), (0.08, 1.0), rng), (500, 500), 224)
+    labels = [source.labeled(i)[2] for i in range(16)]
+    mask = lambda i: detcon.crop_labels(labels[i], common.random_crop((500, 500), (0.08, 1.0), rng), (500, 500), 224)
     pairs = [(mask(i), mask(i)) for i in range(16)]
     counted = lambda mask, cells, n, rng: detcon.draw(detcon.shares(mask, cells), n, rng)
     took, results = {}, {}

@@ -46,7 +46,7 @@ def in_processes(world, function, *args):
 def write_pictures(folder, count, size=40, seed=0):
     """`count` drawn shapes as PNG in folders named by class."""
     shapes = common.Shapes(count, size, seed, single=True)
-    names = list(common.KINDS)
+    names = list(common.SHAPE_CLASSES)
     for i in range(count):
         path = Path(folder, names[i % len(names)], f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,21 +62,21 @@ def runs(mask):
 
 def write_scenes(folder, count, size=64, seed=0):
     """Drawn scenes as PNG with COCO annotations, whose category ids are 10, 20, ...; keypoints are the pixels in a box's upper corners."""
-    shapes, names = common.Shapes(count, size, seed), list(common.KINDS)
+    shapes, names = common.Shapes(count, size, seed), list(common.SHAPE_CLASSES)
     folder = Path(folder)
     (folder / "images").mkdir(parents=True)
-    notes = {"images": [], "annotations": [], "categories": [
+    dataset = {"images": [], "annotations": [], "categories": [
         {"id": 10 * (k + 1), "name": name, "keypoints": ["left_top", "right_top"]} for k, name in enumerate(names)]}
     for i in range(count):
         image, boxes, masks, classes = shapes.scene(i)
         Image.fromarray(image).save(folder / "images" / f"{i}.png")
-        notes["images"].append({"id": 100 + i, "file_name": f"{i}.png", "width": size, "height": size})
+        dataset["images"].append({"id": 100 + i, "file_name": f"{i}.png", "width": size, "height": size})
         for (x1, y1, x2, y2), mask, k in zip(boxes.tolist(), masks, classes.tolist()):
-            notes["annotations"].append({
-                "id": len(notes["annotations"]) + 1, "image_id": 100 + i, "category_id": 10 * (k + 1), "iscrowd": 0,
+            dataset["annotations"].append({
+                "id": len(dataset["annotations"]) + 1, "image_id": 100 + i, "category_id": 10 * (k + 1), "iscrowd": 0,
                 "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "num_keypoints": 2,
                 "segmentation": {"size": [size, size], "counts": runs(mask)}, "keypoints": [x1, y1, 2, x2 - 1, y1, 2]})
-    (folder / "notes.json").write_text(json.dumps(notes))
+    (folder / "annotations.json").write_text(json.dumps(dataset))
     return folder
 
 

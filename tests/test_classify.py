@@ -26,7 +26,7 @@ def settings(**values):
 
 
 def tiny_backbone():
-    common.seed_device(0)
+    common.seed_everything(0)
     return common.resnet("resnet18w0.25", common.SyncBatchNorm).eval()
 
 
@@ -34,24 +34,24 @@ def tiny_backbone():
 def blobs():
     """Rows of four classes that overlap: (x, class) to learn from and to judge by."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 20, generator=generator)
+    centers = torch.randn(4, 20, generator=generator)
     label = torch.arange(900) % 4
-    x = torch.nn.functional.normalize(centres[label] + 2.5 * torch.randn(900, 20, generator=generator), dim=1)
+    x = torch.nn.functional.normalize(centers[label] + 2.5 * torch.randn(900, 20, generator=generator), dim=1)
     return (x[:600], label[:600]), (x[600:], label[600:])
 
 
 # --- linear probe ---
 
 def test_linear_probe_agrees_with_scikit_learns_logistic_regression_to_a_point(tmp_path, monkeypatch):
-    """Pictures told apart by colours that overlap, so that neither 0 nor 1 is right. Training sees the middle of an image, as
+    """Pictures told apart by colors that overlap, so that neither 0 nor 1 is right. Training sees the middle of an image, as
     the other does, and has some weight decay, so that both have one optimum to reach."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 240), ("val", 300)):
         for i in range(count):
-            colour = np.array([[150, 90, 90], [90, 150, 90], [90, 90, 150]])[i % 3] + rng.normal(0, 45, 3)
+            color = np.array([[150, 90, 90], [90, 150, 90], [90, 90, 150]])[i % 3] + rng.normal(0, 45, 3)
             path = tmp_path / part / "abc"[i % 3] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.clip(colour + rng.normal(0, 3, (32, 32, 3)), 0, 255).astype(np.uint8)).save(path)
+            Image.fromarray(np.clip(color + rng.normal(0, 3, (32, 32, 3)), 0, 255).astype(np.uint8)).save(path)
     monkeypatch.setattr(common, "random_crop", lambda size, area, rng: common.center_crop(size))
     flags = [*TINY, "--data", tmp_path, "--stage", 2, "--epochs", 40, "--lr", 4, "--weight-decay", 0.01,
              "--batch-size", 40, "--out", tmp_path / "out"]
@@ -60,7 +60,7 @@ def test_linear_probe_agrees_with_scikit_learns_logistic_regression_to_a_point(t
     for part in ("train", "val"):
         source = common.ImageFolder(tmp_path / part)
         labels = source.labels()[0]
-        views = [classify.example(source.photo(i), None, 32)["view"] for i in range(len(source))]
+        views = [classify.labeled_view(source.image(i), None, 32)["view"] for i in range(len(source))]
         with torch.no_grad():
             c2 = backbone(common.Photometric()(torch.stack(views)))[0]
         features.append((c2.mean(dim=(2, 3)).numpy(), labels.numpy()))
@@ -74,7 +74,7 @@ def test_linear_probe_leaves_the_backbone_as_it_is_bit_for_bit(pictures, tmp_pat
     assert run(monkeypatch, *TINY, "--data", pictures, "--epochs", 1, "--stage", stage, "--out", tmp_path) == 0
     after, before = weights(tmp_path), tiny_backbone().state_dict()
     assert all(torch.equal(after[f"backbone.{name}"], x) for name, x in before.items())
-    assert after["fc.weight"].shape == (len(common.KINDS), tiny_backbone().channels[stage - 2])
+    assert after["fc.weight"].shape == (len(common.SHAPE_CLASSES), tiny_backbone().channels[stage - 2])
 
 
 def test_finetuning_changes_weights_and_statistics(pictures, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_top1_and_top5_are_those_counted_by_hand(pictures):
     hits = []
     for i in range(len(source)):
         with torch.no_grad():
-            scores = model.scores(classify.example(source.photo(i), None, 32)["view"][None])[0]
+            scores = model.scores(classify.labeled_view(source.image(i), None, 32)["view"][None])[0]
         hits.append([(scores > scores[labels[i]]).sum().item() < k for k in (1, 5)])
     assert [figures["top1"], figures["top5"]] == pytest.approx(np.mean(hits, axis=0).tolist()) and figures["top5"] > figures["top1"] > 0
 
@@ -186,7 +186,7 @@ def write_voc(folder):
 def test_voc_is_read_with_several_classes_an_image_and_what_is_hard_to_say_left_out(tmp_path, monkeypatch, capsys):
     voc = classify.VOC2007(write_voc(tmp_path), "test")
     assert len(voc) == 12 and voc.name(0) == "000012.jpg" and voc.truth[:3].tolist() == [[1, -1], [-1, 0], [0, 1]]
-    assert voc.photo(0).size == (40, 40)
+    assert voc.image(0).size == (40, 40)
     assert run(monkeypatch, *TINY, "--data", tmp_path, "--protocol", "svm") == 0
     assert "mAP" in (out := capsys.readouterr().out) and "accuracy" not in out
 
@@ -218,7 +218,7 @@ def test_ridge_takes_the_strength_that_leaving_each_row_out_in_turn_finds(blobs,
 
 
 def features_of_scenes(folder):
-    source = classify.coco.Annotated(Path(folder, "images"), Path(folder, "notes.json"), training=True)
+    source = classify.coco.CocoFolder(Path(folder, "images"), Path(folder, "annotations.json"), training=True)
     backbone = tiny_backbone()
     encode = lambda views, boxes: common.pool_stages(backbone(common.Photometric()(views)), boxes)
     with torch.no_grad():
@@ -231,25 +231,25 @@ def test_boxes_are_pooled_at_every_stage_where_they_are_and_in_two_processes_too
     """Pictures twice as wide as high, so that the two directions scale apart, against each stage cut out by `roi_align`."""
     folder = write_scenes(tmp_path / "scenes", 5)
     shapes, backbone, expected = common.Shapes(5, 64), tiny_backbone(), {i: [] for i in range(4)}
-    notes = (folder / "notes.json").read_text().replace('"width": 64', '"width": 128')
-    notes = json.loads(notes)
-    for note in notes["annotations"]:
-        note["bbox"] = [2 * note["bbox"][0], note["bbox"][1], 2 * note["bbox"][2], note["bbox"][3]]
-    (folder / "notes.json").write_text(json.dumps(notes))
+    dataset = (folder / "annotations.json").read_text().replace('"width": 64', '"width": 128')
+    dataset = json.loads(dataset)
+    for annotation in dataset["annotations"]:
+        annotation["bbox"] = [2 * annotation["bbox"][0], annotation["bbox"][1], 2 * annotation["bbox"][2], annotation["bbox"][3]]
+    (folder / "annotations.json").write_text(json.dumps(dataset))
     truth = []
     for i in range(5):
         image, boxes, _, classes = shapes.scene(i)
         Image.fromarray(image).resize((128, 64), Image.Resampling.NEAREST).save(folder / "images" / f"{i}.png")
-        view, = common.Photo(Image.open(folder / "images" / f"{i}.png"), 0).cut([(0, 0, 128, 64)], [64])
+        view, = common.LazyImage(Image.open(folder / "images" / f"{i}.png"), 0).crop([(0, 0, 128, 64)], [64])
         with torch.no_grad():
             for k, c in enumerate(backbone(common.Photometric()(common.to_tensor(view)[None]))):
                 expected[k] += common.roi_align(c, torch.from_numpy(boxes)[None], 3, 4 * 2 ** k).flatten(1).tolist()
         truth += classes.tolist()
-    for rows, classes in [features_of_scenes(folder), *in_processes(2, features_of_scenes, str(folder))]:
+    for features, classes in [features_of_scenes(folder), *in_processes(2, features_of_scenes, str(folder))]:
         order = np.lexsort(np.array(expected[0]).round(3).T)
         assert classes.tolist() == np.array(truth)[order].tolist()
         for k in range(4):
-            np.testing.assert_allclose(rows[k], np.array(expected[k])[order], atol=1e-4)
+            np.testing.assert_allclose(features[k], np.array(expected[k])[order], atol=1e-4)
 
 
 def write_soco(path):
@@ -278,9 +278,9 @@ def test_socos_pyramid_and_head_are_those_of_its_pre_training(tmp_path):
 def test_objects_of_annotated_images_and_of_drawn_shapes_fill_a_table(tmp_path, monkeypatch, capsys):
     path, _ = write_soco(tmp_path / "last.pt")
     for part, count in (("train", 60), ("val", 40)):
-        folder = write_scenes(tmp_path / part, count, seed=len(part))
-    flags = ["--train", *[tmp_path / "train" / x for x in ("images", "notes.json")],
-             "--val", *[tmp_path / "val" / x for x in ("images", "notes.json")]]
+        write_scenes(tmp_path / part, count, seed=len(part))
+    flags = ["--train", *[tmp_path / "train" / x for x in ("images", "annotations.json")],
+             "--val", *[tmp_path / "val" / x for x in ("images", "annotations.json")]]
     monkeypatch.setattr(classify, "SHAPES", dict(size=48, unlabeled=64, train=150, val=100))
     for protocol in (flags, []):
         assert run(monkeypatch, "--init", path, "--protocol", "objects", *protocol, "--boxes", 300, "--out", tmp_path / "out") == 0
@@ -323,7 +323,7 @@ def everything(folder, out):
         sys.argv = [str(v) for v in ("classify.py", *TINY, "--data", folder, "--protocol", protocol, "--epochs", 1, "--lr", 0.01,
                                      "--print-every", 1, "--out", f"{out}/{protocol}{common.world_size()}")]
         args = classify.arguments()
-        common.seed_device(args.seed)
+        common.seed_everything(args.seed)
         classify.classify_images(args, convert.backbone(args, common.SyncBatchNorm), CPU)
         common.barrier()
         logs.append([(row["step"], row.get("loss", row.get("top1"))) for row in rows(f"{out}/{protocol}{common.world_size()}")])

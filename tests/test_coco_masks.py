@@ -67,25 +67,25 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):
         Image.new("RGB", (30, 20)).save(tmp_path / "images" / name)
     one, two = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     one[2:5, 3:9], two[4:18, 5:25] = True, True
-    note = lambda mask, crowd=0: {"image_id": 7, "iscrowd": crowd, "area": int(mask.sum()), "segmentation": {"size": [20, 30], "counts": runs(mask)}}
-    notes = {"images": [{"id": 7, "file_name": "a/1.jpg", "width": 30, "height": 20}, {"id": 8, "file_name": "2.jpg", "width": 30, "height": 20}],
-             "annotations": [note(one), note(two), note(~two, crowd=1)]}
-    (tmp_path / "notes.json").write_text(json.dumps(notes))
-    command = [sys.executable, str(ROOT / "transfer" / "coco_masks.py"), str(tmp_path / "notes.json"), str(tmp_path / "images"), str(tmp_path / "masks")]
+    annotation = lambda mask, crowd=0: {"image_id": 7, "iscrowd": crowd, "area": int(mask.sum()), "segmentation": {"size": [20, 30], "counts": runs(mask)}}
+    dataset = {"images": [{"id": 7, "file_name": "a/1.jpg", "width": 30, "height": 20}, {"id": 8, "file_name": "2.jpg", "width": 30, "height": 20}],
+             "annotations": [annotation(one), annotation(two), annotation(~two, crowd=1)]}
+    (tmp_path / "annotations.json").write_text(json.dumps(dataset))
+    command = [sys.executable, str(ROOT / "transfer" / "coco_masks.py"), str(tmp_path / "annotations.json"), str(tmp_path / "images"), str(tmp_path / "masks")]
     assert "1 images have no object" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     source = common.ImageFolder(tmp_path / "images")
     i = [source.name(k) for k in range(2)].index("a/1.jpg")
-    mask = detcon.read_mask(source.photo(i), tmp_path / "masks", source)
+    mask = detcon.read_mask(source.image(i), tmp_path / "masks", source)
     assert mask.dtype == np.uint16 and np.array_equal(mask & 1 > 0, two) and np.array_equal(mask >> 1 & 1 > 0, one) and mask.max() < 4
-    notes["categories"] = [{"id": 9}, {"id": 4}]
-    for note, category in zip(notes["annotations"], (9, 4, 9)):
-        note["category_id"] = category
-    notes["annotations"].append({**notes["annotations"][1], "segmentation": {"size": [20, 30], "counts": runs(np.ones((20, 30), bool))}, "area": 600})
-    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    dataset["categories"] = [{"id": 9}, {"id": 4}]
+    for annotation, category in zip(dataset["annotations"], (9, 4, 9)):
+        annotation["category_id"] = category
+    dataset["annotations"].append({**dataset["annotations"][1], "segmentation": {"size": [20, 30], "counts": runs(np.ones((20, 30), bool))}, "area": 600})
+    (tmp_path / "annotations.json").write_text(json.dumps(dataset))
     subprocess.run([*command[:2], "--labels", *command[2:4], str(tmp_path / "labels")], check=True)
     label = np.asarray(Image.open(tmp_path / "labels" / "a" / "1.png"))
     assert label.dtype == np.uint8 and np.array_equal(label, np.where(one, 2, 1))         # the small one lies on top
     assert not np.asarray(Image.open(tmp_path / "labels" / "2.png")).any()
-    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "annotations.json").write_text("{}")
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2 and "no file of COCO instances" in failed.stderr and failed.stderr.count("\n") == 1

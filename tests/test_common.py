@@ -40,7 +40,7 @@ def test_all_gather_alone_is_the_identity():
 
 
 def shuffled():
-    common.seed_device(common.rank())  # processes need not draw alike
+    common.seed_everything(common.rank())  # processes need not draw alike
     x = torch.arange(4)[:, None] + 10 * common.rank()
     shuffle = common.Shuffle(4, x.device)
     return shuffle(x).flatten().tolist(), shuffle.undo(shuffle(x)).flatten().tolist(), x.flatten().tolist()
@@ -97,7 +97,7 @@ def test_batch_norm_groups_have_statistics_of_their_own():
 
 
 def test_roi_align_takes_boxes_in_input_pixels_half_pixel_aligned():
-    # A feature that holds its own position: cell (i, j) at stride 4 has its centre at pixel (4j + 2, 4i + 2).
+    # A feature that holds its own position: cell (i, j) at stride 4 has its center at pixel (4j + 2, 4i + 2).
     y, x = torch.meshgrid(torch.arange(16.0) * 4 + 2, torch.arange(16.0) * 4 + 2, indexing="ij")
     features = torch.stack([torch.stack([x, y]), torch.stack([x, y]) + 1000])  # two images [2, 2, 16, 16]
     boxes = torch.tensor([[[8.0, 12.0, 24.0, 20.0], [10.0, 10.0, 30.0, 50.0]]] * 2)
@@ -230,7 +230,7 @@ def slow_photometric(x, draw, i, radius):
     for op in draw["order"][i].tolist():
         x = [lambda: TF.adjust_brightness(x, b), lambda: TF.adjust_contrast(x, c), lambda: TF.adjust_saturation(x, s),
              lambda: TF.adjust_hue(x, draw["hue"][i].item())][op]()
-    if draw["grey"][i]:
+    if draw["grayscale"][i]:
         x = TF.rgb_to_grayscale(x, num_output_channels=3)
     if draw["blur"][i]:
         x = TF.gaussian_blur(x, [2 * radius + 1] * 2, [draw["sigma"][i].item()] * 2)
@@ -241,7 +241,7 @@ def slow_photometric(x, draw, i, radius):
                                       dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, jitter_p=0.8)])
 def test_photometric_equals_torchvision_sample_by_sample(strength, photograph):
     torch.manual_seed(0)
-    photometric = common.Photometric(**strength, grey_p=0.2, blur_p=0.5, solarize_p=0.2)
+    photometric = common.Photometric(**strength, grayscale_p=0.2, blur_p=0.5, solarize_p=0.2)
     picture = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)
     x = torch.stack([TF.crop(picture, 7 * i % 250, 11 * i % 400, 120, 120) for i in range(48)])
     x[:8] = torch.randint(0, 256, (8, 3, 120, 120), dtype=torch.uint8)  # noise: every hue, hard edges
@@ -308,8 +308,8 @@ def test_dm_pix_applies_its_jitters_one_after_another_in_the_drawn_order():
 def test_photometric_draws_have_torchvisions_distributions():
     torch.manual_seed(0)
     n = 20000
-    draw = common.Photometric(0.4, 0.8, 1.5, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.1).draw(n)
-    for name, p in [("grey", 0.2), ("blur", 0.5), ("solarize", 0.1)]:
+    draw = common.Photometric(0.4, 0.8, 1.5, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5, solarize_p=0.1).draw(n)
+    for name, p in [("grayscale", 0.2), ("blur", 0.5), ("solarize", 0.1)]:
         assert draw[name].float().mean().item() == pytest.approx(p, abs=0.02)
     still = (draw["factor"] == 1).all(dim=1)
     assert still.float().mean().item() == pytest.approx(0.2, abs=0.02)        # the whole jitter, or none of it
@@ -324,14 +324,14 @@ def test_photometric_draws_have_torchvisions_distributions():
     assert draw["sigma"].mean().item() == pytest.approx(1.05, abs=0.02)
 
 
-def test_photometric_gives_each_sample_its_own_draw_and_normalises():
+def test_photometric_gives_each_sample_its_own_draw_and_normalizes():
     x = torch.full((6, 3, 32, 32), 100, dtype=torch.uint8)
     out = common.Photometric(brightness=0.4)(x)
     assert len({round(v, 5) for v in out.mean(dim=(1, 2, 3)).tolist()}) == 6
     plain = common.Photometric()(x)
     torch.testing.assert_close(plain[0, :, 0, 0], (torch.tensor([100 / 255] * 3) - torch.tensor(common.MEAN)) / torch.tensor(common.STD))
     assert plain.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(common.denormalised(plain), x / 255)
+    torch.testing.assert_close(common.denormalize(plain), x / 255)
     with torch.autocast("cpu", torch.bfloat16):
         assert common.Photometric(blur_p=1.0)(x).dtype == torch.float32
 
@@ -340,9 +340,9 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
     draws = []
     for before in (0, 7):
         torch.rand(before)
-        common.seed_device(3, 40, 1)
+        common.seed_everything(3, 40, 1)
         draws.append(torch.rand(5))
-    common.seed_device(3, 41, 1)
+    common.seed_everything(3, 41, 1)
     assert torch.equal(*draws) and not torch.equal(draws[0], torch.rand(5))
 
 

@@ -22,7 +22,7 @@ def data(tmp_path):
     """Flags that name drawn scenes as a user's data."""
     for part, count in (("train", 20), ("val", 4)):
         write_scenes(tmp_path / part, count, seed=count)
-    source = lambda part: [tmp_path / part / "images", tmp_path / part / "notes.json"]
+    source = lambda part: [tmp_path / part / "images", tmp_path / part / "annotations.json"]
     return ["--data", tmp_path / "train" / "images", "--train", *source("train"), "--val", *source("val"), "--out", tmp_path / "out"]
 
 
@@ -66,26 +66,26 @@ def test_weights_that_exist_are_judged_without_pre_training(data, tmp_path, monk
 
 def test_a_share_of_the_labels_is_of_whole_images_and_another_seed_draws_others(tmp_path):
     folder = write_scenes(tmp_path / "train", 20)
-    every, drawn = json.loads((folder / "notes.json").read_text()), []
+    every, drawn = json.loads((folder / "annotations.json").read_text()), []
     for _ in range(2):
-        shares = compare.share_labels(folder / "notes.json", 2, tmp_path)
-        assert shares[1, 0] == shares[1, 1] == (folder / "notes.json", 20)
+        shares = compare.share_labels(folder / "annotations.json", 2, tmp_path)
+        assert shares[1, 0] == shares[1, 1] == (folder / "annotations.json", 20)
         for seed in range(2):
             few = json.loads(shares[0.1, seed][0].read_text())
             drawn.append({image["id"] for image in few["images"]})
-            assert few["annotations"] == [note for note in every["annotations"] if note["image_id"] in drawn[-1]]
+            assert few["annotations"] == [annotation for annotation in every["annotations"] if annotation["image_id"] in drawn[-1]]
             assert len(drawn[-1]) == shares[0.1, seed][1] == 2
-            assert len(coco.Annotated(folder / "images", shares[0.1, seed][0], training=True)) == 2
+            assert len(coco.CocoFolder(folder / "images", shares[0.1, seed][0], training=True)) == 2
     assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
 
 
 def test_drawn_shapes_are_data_that_the_scripts_can_read(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "SHAPES", dict(unlabeled=6, train=5, val=3, knn_train=12, knn_val=12))
     compare.draw_shapes(tmp_path, 48)
-    train, shapes = coco.Annotated(tmp_path / "train", tmp_path / "train.json", training=True), common.Shapes(5, 48, 1)
+    train, shapes = coco.CocoFolder(tmp_path / "train", tmp_path / "train.json", training=True), common.Shapes(5, 48, 1)
     for i in range(len(train)):
         image, boxes, _, classes = shapes.scene(int(Path(train.name(i)).stem))
-        assert np.array_equal(np.asarray(train.photo(i).decode()), image)
+        assert np.array_equal(np.asarray(train.image(i).decode()), image)
         assert np.array_equal(train.objects(i)[0], boxes) and np.array_equal(train.objects(i)[1], classes)
     scene = common.Shapes(6, 48, 0).scene(2)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "masks" / "00002.png")) > 0, scene[2].any(axis=0))

@@ -5,7 +5,6 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,10 +104,10 @@ def test_images_are_rgb_and_every_layer_is_trained_with_synchronised_bn(name):
     assert pyramid or keys["MODEL.ROI_HEADS.NAME"] == train_net.Res5NormROIHeads.__name__
 
 
-def test_images_are_normalised_as_in_pre_training():
+def test_images_are_normalized_as_in_pre_training():
     from common import Photometric
     keys, seen = resolved("coco-fpn-1x"), torch.tensor([[[[0]], [[128]], [[255]]]], dtype=torch.uint8).expand(1, 3, 32, 32)
-    ours = Photometric()(seen)[0, :, 0, 0]                                   # no augmentation asked for: it only normalises
+    ours = Photometric()(seen)[0, :, 0, 0]                                   # no augmentation asked for: it only normalizes
     theirs = [(x - mean) / std for x, mean, std in zip((0, 128, 255), keys["MODEL.PIXEL_MEAN"], keys["MODEL.PIXEL_STD"])]
     assert torch.allclose(ours, torch.tensor(theirs), atol=1e-4)
 
@@ -234,7 +233,7 @@ def test_a_draw_has_the_right_number_of_images_each_with_its_annotations(percent
     drawn = train_net.draw(images, percent, seed=0)
     assert len(drawn) == count == len({image["image_id"] for image in drawn})
     assert all(image in images for image in drawn)
-    assert all(note["of"] == image["image_id"] for image in drawn for note in image["annotations"])
+    assert all(annotation["of"] == image["image_id"] for image in drawn for annotation in image["annotations"])
 
 
 def test_the_share_is_rounded():
@@ -257,7 +256,7 @@ def test_another_seed_draws_other_images_and_a_smaller_share_lies_in_a_larger_on
     assert ids(1, 0) < ids(2, 0) < ids(5, 0) < ids(10, 0)
 
 
-def test_a_draw_favours_no_part_of_the_data():
+def test_a_draw_favors_no_part_of_the_data():
     places = [(image["image_id"] - 3) // 7 for image in train_net.draw(records(4000), 25, 0)]
     quarters = [sum(1000 * k <= place < 1000 * (k + 1) for place in places) for k in range(4)]
     assert all(190 < count < 310 for count in quarters)                     # 250 each, sd 14
@@ -298,11 +297,11 @@ def refused(capsys, function, *args):
 
 
 def test_a_data_set_that_is_not_there_is_named_before_anything_is_built(tmp_path, capsys, monkeypatch):
-    metadata = {"json_file": str(tmp_path / "notes.json"), "image_root": str(tmp_path)}
+    metadata = {"json_file": str(tmp_path / "annotations.json"), "image_root": str(tmp_path)}
     monkeypatch.setattr(train_net, "MetadataCatalog", {"photos": metadata}, raising=False)
     line = refused(capsys, train_net.check_data, config())
-    assert "notes.json is missing" in line and "DETECTRON2_DATASETS" in line
-    (tmp_path / "notes.json").touch()
+    assert "annotations.json is missing" in line and "DETECTRON2_DATASETS" in line
+    (tmp_path / "annotations.json").touch()
     train_net.check_data(config())
 
 

@@ -99,7 +99,7 @@ def test_compiled_a_model_is_one_graph_and_gives_the_same_loss(name):
     for compiled in (False, True):
         if compiled:
             model.compile(backend="eager", fullgraph=True)
-        common.seed_device(0)
+        common.seed_everything(0)
         loss, _ = model(batch)
         loss.backward()
         losses.append(loss.detach())
@@ -108,7 +108,7 @@ def test_compiled_a_model_is_one_graph_and_gives_the_same_loss(name):
 
 @pytest.mark.parametrize("settings", [dict(saturation=0.4), dict(saturation=0.2, solarize_p=0.5, family="dm_pix")])
 def test_colors_compile_as_one_graph_and_stay_the_same(settings):
-    colors = common.Photometric(0.4, 0.4, hue=0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5, **settings)
+    colors = common.Photometric(0.4, 0.4, hue=0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5, **settings)
     x, draw = torch.rand(6, 3, 32, 32), colors.draw(6)
     compiled = torch.compile(colors.apply_draw, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, draw), colors.apply_draw(x, draw), atol=2e-6, rtol=0)

@@ -31,7 +31,7 @@ def test_folder_lists_every_image_in_an_order_no_file_system_decides(tmp_path):
     one, two = (common.ImageFolder(tmp_path / part) for part in ("one", "two"))
     assert [one.name(i) for i in range(len(one))] == [two.name(i) for i in range(len(two))]
     assert sorted(one.name(i) for i in range(len(one))) == sorted(names)
-    assert one.identity() == two.identity() != common.ImageFolder(tmp_path / "one" / "a").identity()
+    assert one.fingerprint() == two.fingerprint() != common.ImageFolder(tmp_path / "one" / "a").fingerprint()
 
 
 def test_folder_follows_links_and_survives_one_that_leads_back_up(tmp_path):
@@ -60,27 +60,27 @@ def test_labels_are_the_first_folder_and_a_strange_class_is_an_error(tmp_path, c
 # --- decoding ---
 
 def test_every_kind_of_file_comes_out_as_upright_rgb(tmp_path, photograph):
-    colour = photograph.resize((90, 60))
-    grey16 = Image.fromarray((np.asarray(colour.convert("L")).astype(np.uint16) << 8))
-    alpha = colour.copy()
+    color = photograph.resize((90, 60))
+    gray16 = Image.fromarray((np.asarray(color.convert("L")).astype(np.uint16) << 8))
+    alpha = color.copy()
     alpha.putalpha(255)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
-    turned = colour.transpose(Image.Transpose.ROTATE_90)
-    colour.save(tmp_path / "rgb.png"), alpha.save(tmp_path / "alpha.png"), colour.save(tmp_path / "rgb.webp", lossless=True)
-    colour.quantize(256).save(tmp_path / "palette.png", transparency=3)
-    colour.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
-    colour.convert("L").save(tmp_path / "grey.jpg", quality=98), grey16.save(tmp_path / "grey16.png"), grey16.save(tmp_path / "grey16.tif")
+    turned = color.transpose(Image.Transpose.ROTATE_90)
+    color.save(tmp_path / "rgb.png"), alpha.save(tmp_path / "alpha.png"), color.save(tmp_path / "rgb.webp", lossless=True)
+    color.quantize(256).save(tmp_path / "palette.png", transparency=3)
+    color.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
+    color.convert("L").save(tmp_path / "gray.jpg", quality=98), gray16.save(tmp_path / "gray16.png"), gray16.save(tmp_path / "gray16.tif")
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=98), turned.save(tmp_path / "turned.png", exif=exif)
-    (tmp_path / "bit.bmp").parent.mkdir(exist_ok=True), colour.convert("1").save(tmp_path / "bit.bmp")
+    (tmp_path / "bit.bmp").parent.mkdir(exist_ok=True), color.convert("1").save(tmp_path / "bit.bmp")
     folder = common.ImageFolder(tmp_path)
     assert len(folder) == 11
     for i in range(len(folder)):
-        photo, name = folder.photo(i), folder.name(i)
-        assert photo.size == (90, 60), name
-        view = photo.cut([(0, 0, 90, 60)], [60])[0]
+        image, name = folder.image(i), folder.name(i)
+        assert image.size == (90, 60), name
+        view = image.crop([(0, 0, 90, 60)], [60])[0]
         assert view.mode == "RGB" and view.size == (60, 60), name
-        expected = colour.convert("L").convert("RGB") if "grey" in name else colour
+        expected = color.convert("L").convert("RGB") if "gray" in name else color
         expected = expected.resize((60, 60), Image.Resampling.BILINEAR, box=(0, 0, 90, 60))
         difference = np.abs(np.asarray(view, int) - np.asarray(expected, int)).mean()
         assert difference < (100 if "bit" in name else 8), (name, difference)
@@ -92,12 +92,12 @@ def test_jpeg_decoded_at_a_reduced_scale_gives_the_same_view(tmp_path, photograp
     exif[0x0112] = orientation
     big = photograph.resize((2400, 1600), Image.Resampling.BICUBIC)
     big.save(tmp_path / "big.jpg", quality=95, exif=exif), big.save(tmp_path / "big.png", exif=exif)
-    jpeg, png = (common.Photo(Image.open(tmp_path / f"big.{kind}"), 0) for kind in ("jpg", "png"))
+    jpeg, png = (common.LazyImage(Image.open(tmp_path / f"big.{kind}"), 0) for kind in ("jpg", "png"))
     assert jpeg.size == png.size == ((2400, 1600) if orientation < 5 else (1600, 2400))
     crops = [(100, 50, 1500, 1450), (700, 300, 1300, 1000)]
-    for view, whole in zip(jpeg.cut(crops, [96, 64]), png.cut(crops, [96, 64])):
+    for view, whole in zip(jpeg.crop(crops, [96, 64]), png.crop(crops, [96, 64])):
         assert np.abs(np.asarray(view, int) - np.asarray(whole, int)).mean() < 2
-    assert max(jpeg.image.size) == 300 and max(png.image.size) == 2400  # an eighth: the 600-pixel crop still fills 64
+    assert max(jpeg.pil.size) == 300 and max(png.pil.size) == 2400  # an eighth: the 600-pixel crop still fills 64
 
 
 def test_random_crop_has_the_distribution_of_torchvisions():
@@ -117,7 +117,7 @@ def test_random_crop_has_the_distribution_of_torchvisions():
 # --- shapes ---
 
 def test_shapes_are_the_same_for_everyone_and_know_what_they_show():
-    assert len(common.KINDS) >= 10
+    assert len(common.SHAPE_CLASSES) >= 10
     one, two = common.Shapes(40, 96, seed=5), common.Shapes(1000, 96, seed=5)
     counts = set()
     for i in reversed(range(40)):
@@ -141,7 +141,7 @@ def test_a_single_shape_has_its_label_and_fills_its_picture():
     for i in range(36):
         image, boxes, masks, classes = shapes.scene(i)
         assert classes.tolist() == [labels[i]] and masks[0].mean() > 0.03
-        assert (np.asarray(drawn.photo(i).image) == image).all()
+        assert (np.asarray(drawn.image(i).pil) == image).all()
 
 
 # --- sampler and loader ---
@@ -162,8 +162,8 @@ def test_global_batches_hold_the_same_images_whatever_the_number_of_processes():
     assert my_batches(6) == alone[6:]  # a resumed run goes on in the middle of an epoch
 
 
-def whole_view(photo, rng):
-    return {"view": common.to_tensor(photo.cut([common.random_crop(photo.size, (0.2, 1), rng)], [32])[0])}
+def whole_view(image, rng):
+    return {"view": common.to_tensor(image.crop([common.random_crop(image.size, (0.2, 1), rng)], [32])[0])}
 
 
 def loader(source, workers=0, epochs=1, batch_size=8):
@@ -219,7 +219,7 @@ def slow_knn(train, val, size, k, temperature):
     def rows(source):
         out = []
         for i in range(len(source)):
-            view = source.photo(i).cut([common.center_crop(source.photo(i).size)], [size])[0]
+            view = source.image(i).crop([common.center_crop(source.image(i).size)], [size])[0]
             x = (torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255 - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(common.STD).view(3, 1, 1)
             out.append(F.normalize(F.adaptive_avg_pool2d(x, 4).flatten(), dim=0))
         return out

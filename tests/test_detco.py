@@ -20,7 +20,7 @@ TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2, size=64)
 
 
 def tiny(**settings):
-    common.seed_device(0)
+    common.seed_everything(0)
     return detco.DetCo(**{**TINY, **settings})
 
 
@@ -61,14 +61,14 @@ def test_sizes_are_the_papers_at_224_and_in_proportion_elsewhere():
 def test_nine_patches_lie_each_in_its_own_cell_of_a_large_region(photograph):
     rng, seen = np.random.default_rng(0), []
     for _ in range(100):
-        batch = detco.views(common.Photo(photograph, 0), rng, 224, 0.2)
+        batch = detco.views(common.LazyImage(photograph, 0), rng, 224, 0.2)
         assert batch["x_q"].shape == (3, 224, 224) and batch["p_k"].shape == (3, 255, 255)
         for name in ("at_q", "at_k"):
             inside = batch[name] - torch.tensor([[x * 85, y * 85] for y in range(3) for x in range(3)])
             assert inside.min() >= 0 and inside.max() <= 21
             seen.append(inside)
     assert torch.stack(seen).min() == 0 and torch.stack(seen).max() == 21
-    assert set(detco.views(common.Photo(photograph, 0), rng, 64, 0.2, local=False)) == {"x_q", "x_k"}
+    assert set(detco.views(common.LazyImage(photograph, 0), rng, 64, 0.2, local=False)) == {"x_q", "x_k"}
 
 
 def test_patches_are_cut_at_their_corners():
@@ -96,14 +96,14 @@ def encode_slowly(encoder, x, region, corners, patch):
     """Global and local embeddings of every stage, one image and one patch at a time."""
     norm = common.Photometric()
     unit = lambda v: F.normalize(v, dim=1)
-    g, l = [[] for _ in encoder.stages], [[] for _ in encoder.stages]
+    g, local = [[] for _ in encoder.stages], [[] for _ in encoder.stages]
     for n in range(len(x)):
         stages = encoder.backbone(norm(x[n:n + 1]))
         nine = [encoder.backbone(norm(region[n:n + 1])[:, :, y:y + patch, x_:x_ + patch]) for x_, y in corners[n].tolist()]
         for j, i in enumerate(encoder.stages):
             g[j].append(unit(encoder.mlp_global[j](stages[i].mean((2, 3)))))
-            l[j].append(unit(encoder.mlp_local[j](torch.cat([f[i].mean((2, 3)) for f in nine], dim=1))))
-    return [torch.cat(v) for v in g], [torch.cat(v) for v in l]
+            local[j].append(unit(encoder.mlp_local[j](torch.cat([f[i].mean((2, 3)) for f in nine], dim=1))))
+    return [torch.cat(v) for v in g], [torch.cat(v) for v in local]
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -119,8 +119,8 @@ def test_loss_equals_equations_1_to_5_written_out_slowly(share):
         k_g, k_l = encode_slowly(model.encoder_k, batch["x_k"], batch["p_k"], batch["at_k"], model.patch)
     total = 0
     for i, w in enumerate([0.4, 0.7, 1.0]):
-        g, l = queues_g[0 if share else i], queues_l[0 if share else i]
-        total += w * (nce(q_g[i], k_g[i], g) + nce(q_l[i], k_l[i], l) + nce(q_l[i], k_g[i], g))
+        g, local = queues_g[0 if share else i], queues_l[0 if share else i]
+        total += w * (nce(q_g[i], k_g[i], g) + nce(q_l[i], k_l[i], local) + nce(q_l[i], k_g[i], g))
     assert loss.item() == pytest.approx(total, rel=1e-4)
     model.update()
     torch.testing.assert_close(model.queue_global[0].keys[:4], k_g[0], atol=1e-5, rtol=1e-4)  # in the order of the batch
@@ -128,14 +128,14 @@ def test_loss_equals_equations_1_to_5_written_out_slowly(share):
 
 
 def test_without_patches_and_with_the_last_stage_alone_it_is_moco_v2():
-    common.seed_device(1)
+    common.seed_everything(1)
     theirs = moco.MoCo("resnet18w0.25", 60, dim=16, queue=40, bn_splits=2)
     ours = tiny(weights=[0.0, 0.0, 0.0, 1.0], local=False, bn_splits=2)
     state = {name.replace("projector", "mlp_global.0").replace("queue.", "queue_global.0."): x for name, x in theirs.state_dict().items()}
     ours.load_state_dict(state)
     batch, results = a_batch(), []
     for model in (theirs, ours):
-        common.seed_device(7)
+        common.seed_everything(7)
         loss, stats = model(batch)
         loss.backward()
         model.update()
@@ -181,9 +181,9 @@ def test_the_shuffle_covers_views_and_patches_and_is_undone():
 
 def test_regions_are_60_percent_or_more_and_views_are_mirrored_half_of_the_time():
     ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 300)), np.zeros((300, 300))], axis=-1)
-    photo, rng, areas, flips = common.Photo(Image.fromarray(ramp.astype(np.uint8)), 0), np.random.default_rng(0), [], []
+    image, rng, areas, flips = common.LazyImage(Image.fromarray(ramp.astype(np.uint8)), 0), np.random.default_rng(0), [], []
     for _ in range(200):
-        batch = detco.views(photo, rng, 64, 0.2)
+        batch = detco.views(image, rng, 64, 0.2)
         areas.append([np.prod([np.ptp(batch[name][k].numpy()) / 255 for k in (0, 1)]) for name in ("x_q", "p_q", "p_k")])
         flips.append([bool(batch[name][0, 0, 0] > batch[name][0, 0, -1]) for name in ("x_q", "x_k", "p_q", "p_k")])
     assert np.min(areas, axis=0)[0] < 0.3 and np.min(areas, axis=0)[1:].min() > 0.54
@@ -193,7 +193,7 @@ def test_regions_are_60_percent_or_more_and_views_are_mirrored_half_of_the_time(
 def gradients(**settings):
     model, batch = plain(tiny(**settings)), a_batch()
     share = 8 // common.world_size()
-    ddp = common.parallel(model, torch.device("cpu"))
+    ddp = common.wrap_ddp(model, torch.device("cpu"))
     loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
     loss.backward()
     model.update()

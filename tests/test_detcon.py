@@ -189,8 +189,8 @@ def test_masks_are_pooled_by_share_by_winner_or_by_one_cell_within():
 
 
 def test_one_view_has_two_draws_of_its_masks_and_no_second_picture():
-    photo, labels = common.Photo(Image.new("RGB", (100, 60)), 0), np.arange(16, dtype=np.uint8).reshape(4, 4)
-    batch = detcon.views(photo, np.random.default_rng(0), lambda photo: labels, 64, 40, count=1, keep=True)
+    image, labels = common.LazyImage(Image.new("RGB", (100, 60)), 0), np.arange(16, dtype=np.uint8).reshape(4, 4)
+    batch = detcon.views(image, np.random.default_rng(0), lambda image: labels, 64, 40, count=1, keep=True)
     assert "x2" not in batch and batch["ids1"].tolist() != batch["ids2"].tolist()
     first = dict(zip(batch["ids1"].tolist(), batch["members1"]))
     second = dict(zip(batch["ids2"].tolist(), batch["members2"]))
@@ -199,8 +199,8 @@ def test_one_view_has_two_draws_of_its_masks_and_no_second_picture():
 
 
 def test_grid_membership_is_the_share_of_each_cell_in_the_square():
-    photo = common.Photo(Image.new("RGB", (100, 60)), 0)
-    mask = detcon.cut(np.arange(4, dtype=np.uint8).reshape(2, 2), (0, 0, 100, 60), photo.size, 96)
+    image = common.LazyImage(Image.new("RGB", (100, 60)), 0)
+    mask = detcon.crop_labels(np.arange(4, dtype=np.uint8).reshape(2, 2), (0, 0, 100, 60), image.size, 96)
     share = detcon.shares(mask, 3)
     assert share[0].tolist() == [[1, 0.5, 0], [0.5, 0.25, 0], [0, 0, 0]] and not share[4:].any()
     assert share[3].tolist() == [[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]]
@@ -211,22 +211,22 @@ def test_masks_move_with_the_picture_through_crop_and_mirror_in_both_views():
     labels = np.zeros((120, 200), np.uint8)
     for k, (x1, y1, x2, y2) in enumerate([(0, 0, 90, 70), (100, 20, 180, 110), (10, 75, 80, 120)], start=1):
         picture[y1:y2, x1:x2, k - 1], labels[y1:y2, x1:x2] = 255, k
-    photo = common.Photo(Image.fromarray(picture), 0)
+    image = common.LazyImage(Image.fromarray(picture), 0)
     mirrored = []
     for _ in range(200):
-        batch = detcon.views(photo, rng, lambda photo: labels, 64, 16, keep=True)
+        batch = detcon.views(image, rng, lambda image: labels, 64, 16, keep=True)
         for i in (1, 2):
             x, ids, members = batch[f"x{i}"].float() / 255, batch[f"ids{i}"].tolist(), batch[f"members{i}"]
             for k, member in zip(ids, members):
                 if k and 400 < member.sum() < 0.8 * 64 * 64:
-                    assert x[k - 1][member].mean() > 0.85              # the object's colour, but for the edge
+                    assert x[k - 1][member].mean() > 0.85              # the object's color, but for the edge
                     assert x[k - 1][~member].mean() < 0.15
             cells = batch[f"masks{i}"]
             assert cells.shape == (16, 2, 2) and cells.sum(dim=(1, 2)).min() > 0
             torch.testing.assert_close(cells[0], F.avg_pool2d(members[:1].float(), 32)[0])
             if 1 in ids and 2 in ids and x[0].max() > 0.99 and x[1].max() > 0.99:
-                centre = [members[ids.index(k)].nonzero().float().mean(dim=0)[1] for k in (1, 2)]
-                mirrored.append(bool(centre[0] > centre[1]))
+                center = [members[ids.index(k)].nonzero().float().mean(dim=0)[1] for k in (1, 2)]
+                mirrored.append(bool(center[0] > center[1]))
     assert len(mirrored) > 50 and np.mean(mirrored) == pytest.approx(0.5, abs=0.12)
 
 
@@ -248,7 +248,7 @@ def test_16_masks_are_drawn_from_those_present_with_replacement_and_bits_may_ove
 
 
 def test_colors_are_those_of_the_table_in_a_1():
-    s1, s2, b1, b2 = (detcon.photometric(v, i, 224) for v in "sb" for i in (1, 2))
+    s1, s2, b1, b2 = (detcon.color_augmentation(v, i, 224) for v in "sb" for i in (1, 2))
     assert s1.strength.tolist() == s2.strength.tolist() == pytest.approx([0.8, 0.8, 0.8, 0.2])
     assert b1.strength.tolist() == b2.strength.tolist() == pytest.approx([0.4, 0.4, 0.2, 0.1])
     assert [p.blur_p for p in (s1, s2, b1, b2)] == [1.0, 0.0, 1.0, 0.1]
@@ -259,10 +259,10 @@ def test_colors_are_those_of_the_table_in_a_1():
 def test_felzenszwalb_separates_two_areas_and_large_pictures_are_segmented_small():
     picture = np.full((200, 300, 3), (200, 60, 40), np.uint8)
     picture[:, 150:] = (40, 60, 200)
-    labels = detcon.felzenszwalb(common.Photo(Image.fromarray(picture), 0), [1000])
+    labels = detcon.felzenszwalb(common.LazyImage(Image.fromarray(picture), 0), [1000])
     assert labels.shape == (200, 300) and len(np.unique(labels)) == 2
     assert len(np.unique(labels[:, :145])) == len(np.unique(labels[:, 155:])) == 1
-    large = common.Photo(Image.fromarray(picture).resize((1500, 1000)), 0)
+    large = common.LazyImage(Image.fromarray(picture).resize((1500, 1000)), 0)
     assert detcon.felzenszwalb(large, [500, 1000, 1500]).shape == (333, 500, 3)
 
 
@@ -282,7 +282,7 @@ def test_a_mask_that_is_missing_or_wrong_is_named(folder, tmp_path, make, says):
     path.parent.mkdir(parents=True)
     make(path)
     with pytest.raises(common.Unreadable, match=says):
-        detcon.read_mask(folder.photo(1), tmp_path / "masks", folder)
+        detcon.read_mask(folder.image(1), tmp_path / "masks", folder)
 
 
 def test_masks_come_back_as_they_were_written(folder, tmp_path):
@@ -292,14 +292,14 @@ def test_masks_come_back_as_they_were_written(folder, tmp_path):
     for mask in [rng.integers(0, 256, (40, 40)).astype(np.uint8), rng.integers(0, 65536, (40, 40)).astype(np.uint16),
                  rng.integers(0, 256, (40, 40, 3)).astype(np.uint8)]:
         Image.fromarray(mask).save(path)
-        back = detcon.read_mask(folder.photo(0), tmp_path / "masks", folder)
+        back = detcon.read_mask(folder.image(0), tmp_path / "masks", folder)
         assert back.dtype == mask.dtype and np.array_equal(back, mask)
 
 
 # --- model ---
 
 def tiny(variant="s", **settings):
-    common.seed_device(0)
+    common.seed_everything(0)
     return detcon.DetCon(**{**dict(arch="resnet18w0.25", variant=variant, size=64, hidden=24, dim=16), **settings})
 
 

@@ -34,7 +34,7 @@ def checkpoints(tmp_path_factory):
 
 
 def arguments(scenes, out, *more, init="random"):
-    part = lambda name, folder: [f"--{name}", folder / "images", folder / "notes.json"]
+    part = lambda name, folder: [f"--{name}", folder / "images", folder / "annotations.json"]
     arch = ["--arch", ARCH] if init == "random" else []
     return ["--init", init, *arch, *part("train", scenes[0]), *part("val", scenes[1]), "--out", out, "--size", 64, 64, "--rois", 16,
             "--batch-size", 4, "--epochs", 2, "--print-every", 1, *more]
@@ -45,14 +45,14 @@ def run(monkeypatch, *argv):
 
 
 def annotated(folder, needs=None):
-    return coco.Annotated(folder / "images", folder / "notes.json", training=True, needs=needs)
+    return coco.CocoFolder(folder / "images", folder / "annotations.json", training=True, needs=needs)
 
 
 def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
     source, pointed, shapes = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints"), common.Shapes(12, 64)
     for i in range(12):
-        batch = coco.example(source.photo(i), None, source, masks=True)
-        points = coco.example(pointed.photo(i), None, pointed, keypoints=True)["keypoints"]
+        batch = coco.image_and_targets(source.image(i), None, source, masks=True)
+        points = coco.image_and_targets(pointed.image(i), None, pointed, keypoints=True)["keypoints"]
         n = int(source.name(i).partition(".")[0])
         image, boxes, masks, classes = shapes.scene(n)
         assert source.ids[i] == 100 + n and np.array_equal(batch["image"].permute(1, 2, 0), image)
@@ -64,8 +64,8 @@ def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
 def test_a_mirrored_example_is_mirrored_whole(scenes):
     def look():
         masked, pointed = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints")
-        return (coco.example(masked.photo(3), None, masked, masks=True)
-                | {"keypoints": coco.example(pointed.photo(3), None, pointed, keypoints=True)["keypoints"]})
+        return (coco.image_and_targets(masked.image(3), None, masked, masks=True)
+                | {"keypoints": coco.image_and_targets(pointed.image(3), None, pointed, keypoints=True)["keypoints"]})
 
     names, plain = ["left_top", "right_top"], look()
     other = coco.mirrored(look(), names)
@@ -81,17 +81,17 @@ def test_a_mirrored_example_is_mirrored_whole(scenes):
 
 def test_crowds_and_images_without_objects_are_not_trained_on(tmp_path):
     folder = write_scenes(tmp_path / "a", 4)
-    notes = json.loads((folder / "notes.json").read_text())
-    first = [note for note in notes["annotations"] if note["image_id"] == 100]
-    second = [note for note in notes["annotations"] if note["image_id"] == 101]
-    for note in first:
-        note["iscrowd"] = 1
+    dataset = json.loads((folder / "annotations.json").read_text())
+    first = [annotation for annotation in dataset["annotations"] if annotation["image_id"] == 100]
+    second = [annotation for annotation in dataset["annotations"] if annotation["image_id"] == 101]
+    for annotation in first:
+        annotation["iscrowd"] = 1
     second[0]["bbox"][2] = 0                                                              # no width
-    (folder / "notes.json").write_text(json.dumps(notes))
+    (folder / "annotations.json").write_text(json.dumps(dataset))
     source = annotated(folder)
     assert [source.name(i) for i in range(len(source))] == ["1.png", "2.png", "3.png"]
-    assert len(source.note(0)[2]) == len(second) - 1
-    assert len(coco.Annotated(folder / "images", folder / "notes.json", training=False)) == 4
+    assert len(source.annotation(0)[2]) == len(second) - 1
+    assert len(coco.CocoFolder(folder / "images", folder / "annotations.json", training=False)) == 4
 
 
 @pytest.mark.parametrize("model", list(detect.LOWEST))
@@ -172,9 +172,9 @@ def test_two_processes_train_under_torchrun_and_one_goes_on(scenes, tmp_path, mo
 def judged(folder, out):
     detector = detect.build("fcos", ARCH, 12, size=(64, 64))
     detector.load_state_dict(weights(out))
-    source = coco.Annotated(folder / "images", folder / "notes.json", training=False)
+    source = coco.CocoFolder(folder / "images", folder / "annotations.json", training=False)
     args = argparse.Namespace(workers=0, amp="off", model="fcos")
-    return detect.evaluate(detector, source, coco.ground_truth(folder / "notes.json", source), args, torch.device("cpu"))
+    return detect.evaluate(detector, source, coco.ground_truth(folder / "annotations.json", source), args, torch.device("cpu"))
 
 
 def test_two_processes_find_the_same_ap_as_one(scenes, learned):
@@ -182,32 +182,32 @@ def test_two_processes_find_the_same_ap_as_one(scenes, learned):
     assert one == first and second == {} and one["AP50"] > 20
 
 
-def sparse(notes):
+def sparse(dataset):
     """Annotations as loose as annotators make them."""
-    for image in notes["images"]:
+    for image in dataset["images"]:
         del image["width"], image["height"]
-    ids = {image["id"]: f"number {image['id']}" for image in notes["images"]}
-    for image in notes["images"]:
+    ids = {image["id"]: f"number {image['id']}" for image in dataset["images"]}
+    for image in dataset["images"]:
         image.update(id=ids[image["id"]], file_name=f"./{image['file_name']}")
-    for note in notes["annotations"]:
-        note.update(image_id=ids[note["image_id"]], iscrowd=None, area=None)
-        del note["id"], note["num_keypoints"]
-    return notes
+    for annotation in dataset["annotations"]:
+        annotation.update(image_id=ids[annotation["image_id"]], iscrowd=None, area=None)
+        del annotation["id"], annotation["num_keypoints"]
+    return dataset
 
 
 @pytest.mark.parametrize("model", ["maskrcnn", "keypointrcnn"])
 def test_what_annotators_leave_out_does_not_end_a_run(tmp_path, monkeypatch, model):
     parts = write_scenes(tmp_path / "train", 4), write_scenes(tmp_path / "val", 2, seed=1)
     for folder in parts:
-        (folder / "notes.json").write_text(json.dumps(sparse(json.loads((folder / "notes.json").read_text()))))
+        (folder / "annotations.json").write_text(json.dumps(sparse(json.loads((folder / "annotations.json").read_text()))))
     assert run(monkeypatch, *arguments(parts, tmp_path / "out", "--model", model, "--epochs", 1)) == 0
     assert "AP" in rows(tmp_path / "out")[-1]
 
 
 def test_without_a_single_object_to_find_ap_is_0(scenes, tmp_path, monkeypatch):
     folder = write_scenes(tmp_path / "val", 2)
-    notes = json.loads((folder / "notes.json").read_text())
-    (folder / "notes.json").write_text(json.dumps({**notes, "annotations": []}))
+    dataset = json.loads((folder / "annotations.json").read_text())
+    (folder / "annotations.json").write_text(json.dumps({**dataset, "annotations": []}))
     assert run(monkeypatch, *arguments((scenes[0], folder), tmp_path / "out", "--max-steps", 3, "--epochs", 1)) == 0
     assert rows(tmp_path / "out")[-1]["AP"] == 0
 
@@ -225,7 +225,7 @@ def test_a_finished_run_is_judged_when_val_is_named_at_last(scenes, tmp_path, mo
 def test_bf16_leaves_anchors_and_boxes_in_float32(model):
     torch.manual_seed(0)
     detector = detect.build(model, ARCH, 3, keypoints=2, size=(64, 64), rois=8)
-    trainee, seen = detect.Trainee(detector), []
+    trainee, seen = detect.DetectorWithLosses(detector), []
     anchors = detector.rpn.anchor_generator if hasattr(detector, "rpn") else detector.anchor_generator
     anchors.register_forward_hook(lambda module, x, output: seen.extend(output))
     with torch.autocast("cpu", torch.bfloat16):
@@ -256,11 +256,11 @@ def test_torchvisions_weights_of_a_resnet_are_an_init(scenes, tmp_path, monkeypa
 
 def test_ap_is_what_it_is_by_hand(tmp_path):
     box = lambda n, image, k, x: {"id": n, "image_id": image, "category_id": k, "bbox": [x, 10, 40, 40], "area": 1600, "iscrowd": 0}
-    notes = {"images": [{"id": 1, "width": 200, "height": 100, "file_name": "1.png"}], "categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "b"}],
+    dataset = {"images": [{"id": 1, "width": 200, "height": 100, "file_name": "1.png"}], "categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "b"}],
              "annotations": [box(1, 1, 5, 10), box(2, 1, 5, 110), box(3, 1, 6, 60)]}
-    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    (tmp_path / "annotations.json").write_text(json.dumps(dataset))
     Image.new("RGB", (200, 100)).save(tmp_path / "1.png")
-    truth = coco.ground_truth(tmp_path / "notes.json", coco.Annotated(tmp_path, tmp_path / "notes.json", training=False))
+    truth = coco.ground_truth(tmp_path / "annotations.json", coco.CocoFolder(tmp_path, tmp_path / "annotations.json", training=False))
     found = lambda k, x, score: {"image_id": 0, "category_id": k, "bbox": [x, 10, 40, 40], "score": score}
     ap = lambda *rows: coco.average_precision(truth, list(rows), ["bbox"])
     assert ap(found(5, 10, 0.9), found(5, 110, 0.8), found(6, 60, 0.7)) == {"AP": 100, "AP50": 100, "AP75": 100}
@@ -281,30 +281,30 @@ def test_detections_become_cocos_rows():
     assert np.array_equal(coco.decode(row["segmentation"], (8, 6)), mask)
 
 
-def change(notes, kind):
+def change(dataset, kind):
     if kind == "unknown category":
-        notes["annotations"][0]["category_id"] = 7
+        dataset["annotations"][0]["category_id"] = 7
     elif kind == "no categories":
-        del notes["categories"]
+        del dataset["categories"]
     elif kind == "another class":
-        notes["categories"][3]["name"] = "horse"
+        dataset["categories"][3]["name"] = "horse"
     elif kind == "missing image":
-        notes["images"][2]["file_name"] = "gone.png"
+        dataset["images"][2]["file_name"] = "gone.png"
     elif kind == "wrong size":
-        for image in notes["images"]:
+        for image in dataset["images"]:
             image["width"] = 65
     elif kind == "no keypoints":
-        for note in notes["annotations"]:
-            del note["keypoints"]
+        for annotation in dataset["annotations"]:
+            del annotation["keypoints"]
     elif kind == "unbounded":
-        notes["annotations"][0]["bbox"] = [1, 2, 3]
+        dataset["annotations"][0]["bbox"] = [1, 2, 3]
     elif kind == "no number":
-        notes["annotations"][0]["bbox"][0] = "a"
+        dataset["annotations"][0]["bbox"][0] = "a"
     elif kind == "no such image":
-        notes["annotations"][0]["image_id"] = 999
+        dataset["annotations"][0]["image_id"] = 999
     elif kind == "no masks":
-        notes["annotations"][0]["segmentation"] = []
-    return notes
+        dataset["annotations"][0]["segmentation"] = []
+    return dataset
 
 
 @pytest.mark.parametrize("kind, says, more", [
@@ -315,7 +315,7 @@ def change(notes, kind):
     ("no masks", "image 100 has no segmentation", ["--model", "maskrcnn"])])
 def test_wrong_annotations_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, kind, says, more):
     folder = write_scenes(tmp_path / "train", 12)
-    (folder / "notes.json").write_text(json.dumps(change(json.loads((folder / "notes.json").read_text()), kind)))
+    (folder / "annotations.json").write_text(json.dumps(change(json.loads((folder / "annotations.json").read_text()), kind)))
     assert run(monkeypatch, *arguments((folder, scenes[1]), tmp_path / "out", *more)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and says in errors[0]
@@ -356,7 +356,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_no_other_counts_twice(tmp_
     (folder / "images" / "2.png").write_bytes(b"torn")
     monkeypatch.setattr(coco, "average_precision", lambda truth, rows, kinds: seen.extend(rows) or {})
     monkeypatch.setattr(coco, "detections", lambda output, image, classes: [image])
-    source = coco.Annotated(folder / "images", folder / "notes.json", training=False)
+    source = coco.CocoFolder(folder / "images", folder / "annotations.json", training=False)
     args = argparse.Namespace(workers=0, amp="off", model="fasterrcnn")
     detect.evaluate(Blind(), source, None, args, torch.device("cpu"))
     assert sorted(seen) == [i for i in range(101) if i != 2] and "2.png" in capsys.readouterr().err
@@ -368,5 +368,5 @@ def test_pictures_are_decoded_upright_as_annotated(tmp_path):
     picture.getexif()[0x0112] = 2                                                         # stored mirrored
     picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "images" / "0.png", exif=picture.getexif())
     source = annotated(folder)
-    batch = coco.example(source.photo(0), None, source)
+    batch = coco.image_and_targets(source.image(0), None, source)
     assert np.array_equal(batch["image"].permute(1, 2, 0), common.Shapes(2, 64).scene(0)[0])

@@ -21,7 +21,7 @@ TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2)
 
 
 def tiny(**settings):
-    common.seed_device(0)
+    common.seed_everything(0)
     return dupr.DUPR(**{**TINY, **settings})
 
 
@@ -42,13 +42,13 @@ def plain(model):
 
 # --- views and correspondence ---
 
-def test_a_coloured_dot_lands_in_the_same_patch_of_both_views_mirrored_ones_too():
+def test_a_colored_dot_lands_in_the_same_patch_of_both_views_mirrored_ones_too():
     rng, found, flips = np.random.default_rng(0), 0, []
     for _ in range(400):
         picture = np.zeros((240, 360, 3), np.uint8)
         x, y = int(rng.integers(20, 340)), int(rng.integers(20, 220))  # anywhere
         picture[y - 14:y + 14, x - 14:x + 14] = (255, 255, 255)
-        batch = dupr.two_views(common.Photo(Image.fromarray(picture), 0), rng, 112, 0.2)
+        batch = dupr.two_views(common.LazyImage(Image.fromarray(picture), 0), rng, 112, 0.2)
         if not batch["overlap"]:
             assert torch.allclose(torch.cat([batch["box_q"], batch["box_k"]]), torch.tensor([[0.0, 0, 112, 112]] * 2))
             continue
@@ -57,8 +57,8 @@ def test_a_coloured_dot_lands_in_the_same_patch_of_both_views_mirrored_ones_too(
             region = common.roi_align(batch[f"x_{name}"][None].float(), batch[f"box_{name}"][None], 7, stride=1)
             region = torch.where(batch[f"flip_{name}"], region.flip(3), region)[0, 0]
             weight = region / region.sum().clamp(min=1e-9)
-            centre = [(weight.sum(dim=1 - k) * torch.arange(7)).sum().item() for k in (0, 1)]
-            places.append((region.max().item(), centre))
+            center = [(weight.sum(dim=1 - k) * torch.arange(7)).sum().item() for k in (0, 1)]
+            places.append((region.max().item(), center))
         if min(places[0][0], places[1][0]) > 60:
             found += 1
             assert np.abs(np.subtract(places[0][1], places[1][1])).max() < 0.75, places
@@ -68,9 +68,9 @@ def test_a_coloured_dot_lands_in_the_same_patch_of_both_views_mirrored_ones_too(
 
 def test_the_intersection_is_the_same_part_of_the_image_in_both_views():
     ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 400), np.linspace(0, 255, 400)), np.zeros((400, 400))], axis=-1)
-    photo, rng, missed = common.Photo(Image.fromarray(ramp.astype(np.uint8)), 0), np.random.default_rng(0), 0
+    image, rng, missed = common.LazyImage(Image.fromarray(ramp.astype(np.uint8)), 0), np.random.default_rng(0), 0
     for _ in range(300):
-        batch = dupr.two_views(photo, rng, 64, 0.2)
+        batch = dupr.two_views(image, rng, 64, 0.2)
         missed += not batch["overlap"]
         if not batch["overlap"]:
             continue
@@ -80,8 +80,8 @@ def test_the_intersection_is_the_same_part_of_the_image_in_both_views():
             assert -1e-3 <= x1 < x2 <= 64 + 1e-3 and -1e-3 <= y1 < y2 <= 64 + 1e-3
             if min(x2 - x1, y2 - y1) < 8:
                 break
-            centre = batch[f"x_{name}"][:2, int((y1 + y2) / 2), int((x1 + x2) / 2)].float()
-            seen.append(centre)
+            center = batch[f"x_{name}"][:2, int((y1 + y2) / 2), int((x1 + x2) / 2)].float()
+            seen.append(center)
         if len(seen) == 2:
             assert (seen[0] - seen[1]).abs().max() < 8
     assert missed < 12                                                 # the paper's "very low": 51 of 1472
@@ -157,7 +157,7 @@ def test_roi_size_lays_the_same_grid_over_every_level():
 def test_each_view_is_augmented_as_the_flags_say(monkeypatch, photograph, augment, calls):
     seen = []
     monkeypatch.setattr(common, "rand_augment", lambda view, rng, magnitude, moves: (seen.append((magnitude, moves)), view)[1])
-    dupr.two_views(common.Photo(photograph, 0), np.random.default_rng(0), 64, 0.2, augment, 17)
+    dupr.two_views(common.LazyImage(photograph, 0), np.random.default_rng(0), 64, 0.2, augment, 17)
     assert seen == calls
 
 
@@ -269,7 +269,7 @@ def a_batch_of_mixed_overlap():
 def gradients(**settings):
     model, batch = plain(tiny(**settings)), a_batch_of_mixed_overlap()
     share = 8 // common.world_size()
-    ddp = common.parallel(model, torch.device("cpu"))
+    ddp = common.wrap_ddp(model, torch.device("cpu"))
     loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
     loss.backward()
     model.update()
@@ -300,7 +300,7 @@ def patch_queues():
     for overlap in OVERLAPS:
         model, batch = plain(tiny(queue=100, patch_keys=12)), a_batch() | {"overlap": torch.tensor(overlap)}
         before = [q.keys.numpy().copy() for q in model.patch_queues]
-        common.seed_device(common.rank())
+        common.seed_everything(common.rank())
         with torch.no_grad():
             model({name: x[common.rank() * share:][:share] for name, x in batch.items()})
         model.update()
@@ -327,7 +327,7 @@ def test_patch_queues_take_patch_keys_of_the_global_batch_whatever_the_number_of
 
 
 def test_patches_are_drawn_from_the_whole_global_batch_alike():
-    common.seed_device(0)
+    common.seed_everything(0)
     k, overlap = torch.arange(60.0).view(6, 10, 1), torch.tensor([1, 0, 1, 1, 0, 1]).bool()
     counts = torch.zeros(60)
     for _ in range(3000):

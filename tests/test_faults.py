@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, write):
     path.write_text("old")
     Path(f"{path}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError) as full:
-        with common.whole(path) as file:
+        with common.atomic_write(path) as file:
             write(file)
     assert full.value.errno == errno.ENOSPC and full.value.filename == str(path)
     assert os.listdir(tmp_path) == ["last.pt"] and path.read_text() == "old"
@@ -130,14 +130,14 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, write):
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "lower --workers")])
 def test_what_the_machine_lacks_is_one_line(capsys, error, code, says):
     with pytest.raises(SystemExit) as stop:
-        common.explain(type(error), error, None)
+        common.report_crash(type(error), error, None)
     err = capsys.readouterr().err
     assert stop.value.code == code and says in err and err.count("\n") == 1
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as stop:
-        common.explain(ValueError, ValueError("a fault"), None)
+        common.report_crash(ValueError, ValueError("a fault"), None)
     assert stop.value.code == 1 and "ValueError: a fault" in capsys.readouterr().err
 
 
@@ -151,10 +151,10 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch):
         return read(path)
     monkeypatch.setattr(Path, "read_bytes", moody)
     monkeypatch.setattr(common.time, "sleep", slept.append)
-    assert source.photo(0).decode().size == (40, 40) and slept == list(common.PAUSES)
+    assert source.image(0).decode().size == (40, 40) and slept == list(common.PAUSES)
     failures += [errno.EIO] * 4
     with pytest.raises(common.Unreadable):
-        source.photo(0)
+        source.image(0)
 
 
 @pytest.mark.parametrize("name, header", [
@@ -164,6 +164,6 @@ def test_a_header_of_gigapixels_counts_as_undecodable_before_anything_is_decoded
     (tmp_path / name).write_bytes(header)
     source = common.ImageFolder(tmp_path)
     with pytest.raises(common.Unreadable, match="--max-pixels"):
-        source.photo(0)
+        source.image(0)
     monkeypatch.setattr(common.ImageFolder, "max_pixels", 10 ** 10)
-    assert source.photo(0).size == (50000, 50000)                            # the limit alone stood in its way
+    assert source.image(0).size == (50000, 50000)                            # the limit alone stood in its way

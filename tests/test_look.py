@@ -37,9 +37,9 @@ def drawn(tmp_path, monkeypatch, *argv):
     return Image.open(path).convert("RGB")
 
 
-def spots(image, colour, tolerance=40):
-    """Rows and columns of the pixels of a colour."""
-    return np.nonzero((abs(np.asarray(image).astype(int) - colour) <= tolerance).all(axis=2))
+def spots(image, color, tolerance=40):
+    """Rows and columns of the pixels of a color."""
+    return np.nonzero((abs(np.asarray(image).astype(int) - color) <= tolerance).all(axis=2))
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -63,15 +63,15 @@ class Brightness(torch.nn.Module):
     """A backbone whose every stage is the mean brightness of each cell."""
 
     def forward(self, x, stages=4):
-        grey = common.denormalised(x).mean(dim=1, keepdim=True)
-        return [F.avg_pool2d(grey, 4 * 2 ** k) for k in range(stages)]
+        gray = common.denormalize(x).mean(dim=1, keepdim=True)
+        return [F.avg_pool2d(gray, 4 * 2 ** k) for k in range(stages)]
 
 
 def test_attention_of_a_bright_spot_is_drawn_over_it(tmp_path, monkeypatch):
     image = np.zeros((256, 256, 3), np.uint8)
     image[70:110, 150:190] = 255
     Image.fromarray(image).save(tmp_path / "spot.png")
-    monkeypatch.setattr(look, "networks", lambda args, device: setattr(args, "size", 224) or {"grey": Brightness()})
+    monkeypatch.setattr(look, "networks", lambda args, device: setattr(args, "size", 224) or {"grayscale": Brightness()})
     sheet = drawn(tmp_path, monkeypatch, "attention", "--init", "random", "--data", tmp_path, "--stage", 3)
     right = np.asarray(sheet).astype(float)[26:, 256 + 8:]
     y, x = np.nonzero(right[..., 0] > right[..., 2] + 60)                # red, not blue
@@ -79,30 +79,30 @@ def test_attention_of_a_bright_spot_is_drawn_over_it(tmp_path, monkeypatch):
     assert np.allclose([y.mean() + 0.5, x.mean() + 0.5], expected, atol=4)
 
 
-# --- Neighbours ------------------------------------------------------------------------------------------------------
+# --- Neighbors ------------------------------------------------------------------------------------------------------
 
-def test_the_nearest_neighbour_of_a_duplicate_is_its_duplicate(tmp_path, monkeypatch, runs, pictures):
+def test_the_nearest_neighbor_of_a_duplicate_is_its_duplicate(tmp_path, monkeypatch, runs, pictures):
     folder = write_pictures(tmp_path / "images", 24, size=64)
     for k, path in enumerate(sorted(folder.rglob("*.png"))):
         (folder / "twins").mkdir(exist_ok=True)
         (folder / "twins" / f"{k}.png").write_bytes(path.read_bytes())
     found = {}
     monkeypatch.setattr(look, "nearest", lambda rows, queries, k, nearest=look.nearest: found.setdefault(0, nearest(rows, queries, k)))
-    drawn(tmp_path, monkeypatch, "neighbours", "--init", runs["moco"] / "last.pt", "--data", folder, "--images", 48, "-k", 2)
+    drawn(tmp_path, monkeypatch, "neighbors", "--init", runs["moco"] / "last.pt", "--data", folder, "--images", 48, "-k", 2)
     source = common.ImageFolder(folder)
     content = [(folder / source.name(i)).read_bytes() for i in range(48)]
     queries = np.random.default_rng((5, 0)).permutation(48)
     assert all(content[q] == content[near[0]] and q not in near for q, near in zip(queries, found[0].tolist()))
 
 
-def test_neighbours_of_the_same_folder_have_a_green_frame_and_others_a_red_one(tmp_path, monkeypatch):
-    for i, (name, grey) in enumerate([("a", 20), ("a", 30), ("b", 220), ("b", 200), ("b", 90)]):
+def test_neighbors_of_the_same_folder_have_a_green_frame_and_others_a_red_one(tmp_path, monkeypatch):
+    for i, (name, gray) in enumerate([("a", 20), ("a", 30), ("b", 220), ("b", 200), ("b", 90)]):
         (tmp_path / name).mkdir(exist_ok=True)
-        Image.new("RGB", (64, 64), (grey,) * 3).save(tmp_path / name / f"{i}.png")
-    monkeypatch.setattr(look, "networks", lambda args, device: setattr(args, "size", 64) or {"grey": Brightness()})
+        Image.new("RGB", (64, 64), (gray,) * 3).save(tmp_path / name / f"{i}.png")
+    monkeypatch.setattr(look, "networks", lambda args, device: setattr(args, "size", 64) or {"grayscale": Brightness()})
     monkeypatch.setattr(look, "nearest", lambda rows, queries, k: torch.tensor([[1, 2]]))
     monkeypatch.setattr(look, "pick", lambda args, source: np.array([0]))
-    sheet = drawn(tmp_path, monkeypatch, "neighbours", "--init", "random", "--data", tmp_path)
+    sheet = drawn(tmp_path, monkeypatch, "neighbors", "--init", "random", "--data", tmp_path)
     side = look.SIDE // 2 + 8                                            # a picture and its frame
     assert {x // side for x in spots(sheet, (0, 160, 0))[1]} == {1} and {x // side for x in spots(sheet, (208, 0, 0))[1]} == {2}
 
@@ -121,16 +121,16 @@ def test_a_patch_of_a_mirrored_view_is_found_at_the_mirrored_place():
 def test_counterparts_are_the_same_spots_of_the_image():
     """An image whose red and green tell the place, and two_views's views of it."""
     y, x = np.mgrid[0:256, 0:256]
-    photo = lambda: common.Photo(Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8)), 0)
+    image = lambda: common.LazyImage(Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8)), 0)
     points = torch.cartesian_prod(torch.arange(6), torch.arange(6)) * 16.0 + 8
     met = set()
     for seed in range(12):
-        batch = {k: v[None] for k, v in dupr.two_views(photo(), np.random.default_rng(seed), 96, 0.3).items()}
+        batch = {k: v[None] for k, v in dupr.two_views(image(), np.random.default_rng(seed), 96, 0.3).items()}
         turned = batch["flip_q"] ^ batch["flip_k"]
         ends, seen = look.counterparts(points, batch["box_q"], batch["box_k"], turned)
-        colour = lambda view, p: F.grid_sample(view[:, :2].float(), (p / 48 - 1)[:, None], align_corners=False)[0, :, 0].T
+        color = lambda view, p: F.grid_sample(view[:, :2].float(), (p / 48 - 1)[:, None], align_corners=False)[0, :, 0].T
         inner = seen[0] & ((ends[0] > 2) & (ends[0] < 94)).all(dim=1)
-        assert torch.allclose(colour(batch["x_q"], points[None])[inner], colour(batch["x_k"], ends)[inner], atol=2.5)
+        assert torch.allclose(color(batch["x_q"], points[None])[inner], color(batch["x_k"], ends)[inner], atol=2.5)
         met.add((turned.item(), bool(inner.any())))
     assert {(True, True), (False, True)} <= met
 
@@ -173,7 +173,7 @@ def test_every_box_of_the_views_lies_on_the_object_it_was_drawn_around(tmp_path,
     Image.fromarray(image).save(folder / "a.png")
     source = common.ImageFolder(folder)
     soco.save_proposals(tmp_path / "boxes.npz", source, [np.array([[30, 50, 120, 150]])])
-    monkeypatch.setattr(soco, "photometric", lambda view, size: common.Photometric())
+    monkeypatch.setattr(soco, "color_augmentation", lambda view, size: common.Photometric())
     for seed in range(4):
         sheet = drawn(tmp_path, monkeypatch, "proposals", "--data", folder, "--proposals", tmp_path / "boxes.npz", "--num-proposals", 1, "--seed", seed)
         starts = [0, 264, 528, 792]                                      # of the proposals, V1, V2 and V3, each after a gap
@@ -232,13 +232,13 @@ def test_views_are_as_large_as_in_training_or_twice_that_whatever_they_are_compa
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", ["attention", "neighbours -k 3", "patches", "iou --images 5", "proposals --proposals random", "masks --masks grid4", "curves"])
+@pytest.mark.parametrize("command", ["attention", "neighbors -k 3", "patches", "iou --images 5", "proposals --proposals random", "masks --masks grid4", "curves"])
 @pytest.mark.parametrize("data", ["folder", "shapes"])
 def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_path, monkeypatch, runs, pictures):
     argv = command.split()
     if argv[0] == "curves":
         argv += list(runs.values())
-    if argv[0] in ("attention", "neighbours", "patches", "iou"):
+    if argv[0] in ("attention", "neighbors", "patches", "iou"):
         argv += ["--init", *[out / "last.pt" for out in runs.values()]]
     argv += ["--data", pictures] if data == "folder" and argv[0] != "curves" else []
     monkeypatch.setattr(common, "cores", lambda: 1)
@@ -254,7 +254,7 @@ def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_pat
     ("attention --init {log}", "cannot be read"),
     ("attention --init {moco} --stage 6", "invalid choice"),
     ("attention --init random --arch resnet7", "unknown --arch"),
-    ("neighbours --init {soco} --part nobody", "invalid choice"),
+    ("neighbors --init {soco} --part nobody", "invalid choice"),
     ("attention --init {moco} --arch resnet18", "leave --arch out"),
     ("proposals --data {data} --proposals nothing.npz", "is no .npz"),
     ("proposals --data {data} --proposals truth", "drawn shapes"),

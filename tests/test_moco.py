@@ -24,7 +24,7 @@ TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2)
 
 
 def tiny(mechanism="queue", images=60, **settings):
-    common.seed_device(0)
+    common.seed_everything(0)
     return moco.MoCo(images=images, mechanism=mechanism, **{**TINY, **settings})
 
 
@@ -34,7 +34,7 @@ def a_batch(n=8, size=32):
 
 
 def plain(model):
-    """No colour draws, and BN that does not look at the batch: what is left must not depend on how the batch is cut."""
+    """No color draws, and BN that does not look at the batch: what is left must not depend on how the batch is cut."""
     model.photometric = common.Photometric()
     return model.eval()
 
@@ -55,7 +55,7 @@ def test_views_are_two_crops_of_the_same_image_each_mirrored_half_of_the_time(ph
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 600, dtype=np.uint8)[None, :, None], (400, 1, 3)))
     rng, mirrored = np.random.default_rng(0), []
     for _ in range(300):
-        views = moco.two_views(common.Photo(ramp, 7), rng, 32, 0.2)
+        views = moco.two_views(common.LazyImage(ramp, 7), rng, 32, 0.2)
         assert views.pop("index") == 7
         assert {name: (v.shape, v.dtype) for name, v in views.items()} == dict.fromkeys(("x_q", "x_k"), ((3, 32, 32), torch.uint8))
         mirrored.append([bool(v[0, 0, 0] > v[0, 0, -1]) for v in views.values()])
@@ -66,7 +66,7 @@ def test_views_are_two_crops_of_the_same_image_each_mirrored_half_of_the_time(ph
 
 # --- model ---
 
-def test_versions_have_the_heads_and_colours_of_their_papers():
+def test_versions_have_the_heads_and_colors_of_their_papers():
     one, two = tiny(version=1), tiny(version=2)
     assert isinstance(one.encoder_q.projector, nn.Linear)
     assert [type(m) for m in two.encoder_q.projector] == [nn.Linear, nn.ReLU, nn.Linear]
@@ -179,7 +179,7 @@ def gradients(mechanism):
     model, batch = plain(tiny(mechanism)), a_batch()
     share = 8 // common.world_size()
     mine = slice(common.rank() * share, (common.rank() + 1) * share)
-    ddp = common.parallel(model, torch.device("cpu"))
+    ddp = common.wrap_ddp(model, torch.device("cpu"))
     loss, _ = ddp({name: x[mine] for name, x in batch.items()})
     loss.backward()
     model.update()

@@ -18,7 +18,7 @@ run = partial(run_script, segment)
 TINY = ["--init", "random", "--arch", "resnet18w0.25", "--size", 33, "--batch-size", 4, "--lr", 0.03, "--classes", 4, "--workers", 0]
 
 
-def write_labelled(folder, count=8, sizes=((48, 40), (56, 64))):
+def write_labeled(folder, count=8, sizes=((48, 40), (56, 64))):
     """Pictures of drawn shapes with maps of their objects, 1 to 3, on 0, in the plain layout; some pixels ignored."""
     for split, seed in (("train", 0), ("val", 1)):
         shapes = common.Shapes(count, 64, seed)
@@ -37,12 +37,12 @@ def write_labelled(folder, count=8, sizes=((48, 40), (56, 64))):
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    return write_labelled(tmp_path_factory.mktemp("labelled"))
+def labeled(tmp_path_factory):
+    return write_labeled(tmp_path_factory.mktemp("labeled"))
 
 
 def tiny_fcn(classes=4, arch="resnet18w0.25"):
-    common.seed_device(0)
+    common.seed_everything(0)
     return segment.FCN(common.resnet(arch, common.SyncBatchNorm), classes).eval()
 
 
@@ -60,7 +60,7 @@ def busy(network):
 
 @pytest.mark.parametrize("arch", ["resnet18w0.25", "resnet50w0.25"])
 def test_dilated_blocks_give_at_every_other_place_what_undilated_ones_give_of_every_other_place(arch):
-    common.seed_device(0)
+    common.seed_everything(0)
     backbone = busy(common.resnet(arch))
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     rest, x = backbone.layer4[1:], torch.randn(1, backbone.channels[-1], 11, 14)
@@ -73,7 +73,7 @@ def test_dilated_blocks_give_at_every_other_place_what_undilated_ones_give_of_ev
 
 
 def test_dilated_stage_5_is_torchvisions_with_dilation_2_in_the_first_block_too():
-    common.seed_device(0)
+    common.seed_everything(0)
     backbone = busy(common.resnet("resnet50"))
     theirs = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True]).eval()
     theirs.load_state_dict(backbone.state_dict(), strict=False)
@@ -96,9 +96,9 @@ def test_head_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("size", [(33, 65), (40, 50), (64, 48), (47, 34)])
-def test_scores_stand_where_their_features_are_centred(size):
+def test_scores_stand_where_their_features_are_centerd(size):
     model = tiny_fcn(2)
-    class Places(nn.Module):  # gives each feature the coordinates of the pixel that it is centred on
+    class Places(nn.Module):  # gives each feature the coordinates of the pixel that it is centered on
         def forward(self, x):
             n = [-(-side // 16) for side in x.shape[2:]]
             y, x = torch.meshgrid(*(16.0 * torch.arange(k) for k in n), indexing="ij")
@@ -108,8 +108,8 @@ def test_scores_stand_where_their_features_are_centred(size):
     torch.testing.assert_close(model(torch.zeros(1, 3, *size, dtype=torch.uint8)), torch.stack([y, x])[None])
 
 
-def test_a_feature_of_the_dilated_backbone_is_centred_on_pixel_16_of_its_number():
-    """By the gradient: the pixels that a feature of a network of constant weights depends on lie around its centre."""
+def test_a_feature_of_the_dilated_backbone_is_centerd_on_pixel_16_of_its_number():
+    """By the gradient: the pixels that a feature of a network of constant weights depends on lie around its center."""
     backbone = common.resnet("resnet18w0.25").eval()
     backbone.maxpool = nn.AvgPool2d(3, 2, 1)  # at the same place; of equal pixels a maximum is the first one's
     segment.dilate(backbone)
@@ -118,8 +118,8 @@ def test_a_feature_of_the_dilated_backbone_is_centred_on_pixel_16_of_its_number(
     image = torch.ones(1, 3, 1601, 65, dtype=torch.double, requires_grad=True)
     backbone.double()(image)[-1][0, 0, 50, 2].backward()
     weight = image.grad.sum(dim=(0, 1, 3))
-    centre = (weight * torch.arange(1601)).sum() / weight.sum()
-    assert abs(centre - 800) < 1
+    center = (weight * torch.arange(1601)).sum() / weight.sum()
+    assert abs(center - 800) < 1
 
 
 # --- data ---
@@ -127,26 +127,26 @@ def test_a_feature_of_the_dilated_backbone_is_centred_on_pixel_16_of_its_number(
 def test_image_and_label_map_are_cut_scaled_and_mirrored_together():
     picture = np.zeros((90, 120, 3), np.uint8)
     label = np.zeros((90, 120), np.uint8)
-    for k, (y, x) in enumerate([(0, 0), (0, 60), (45, 0), (45, 60)]):  # four quarters, told apart by grey as by label
+    for k, (y, x) in enumerate([(0, 0), (0, 60), (45, 0), (45, 60)]):  # four quarters, told apart by gray as by label
         picture[y:y + 45, x:x + 60] = 60 * k
         label[y:y + 45, x:x + 60] = k
     label[:, :7] = 255
 
     class Source:
-        def label(self, photo):
+        def label(self, image):
             return label
     flipped, seen, inside = 0, set(), []
     for seed in range(60):
-        out = segment.crop(common.Photo(Image.fromarray(picture), 0), np.random.default_rng(seed), 97, Source())
+        out = segment.random_crop(common.LazyImage(Image.fromarray(picture), 0), np.random.default_rng(seed), 97, Source())
         assert out["image"].shape == (3, 97, 97) and out["label"].shape == (97, 97) and out["label"].dtype == torch.uint8
         known = out["label"] != 255
         drawn = out["image"][0].float() / 60
         agree = (drawn.round() == out["label"]) & ((drawn - drawn.round()).abs() < 0.02)
         assert agree[known].float().mean() > 0.9  # all but the blurred edges
-        grey = (out["image"] == torch.tensor(segment.GREY).view(3, 1, 1)).all(dim=0)
-        assert not (grey & known).any()
+        gray = (out["image"] == torch.tensor(segment.GRAY).view(3, 1, 1)).all(dim=0)
+        assert not (gray & known).any()
         seen |= set(out["label"][known].tolist())
-        inside.append((~grey).any(dim=1).sum().item())  # rows of the scaled image that fit
+        inside.append((~gray).any(dim=1).sum().item())  # rows of the scaled image that fit
         order = [int(out["label"][row][out["label"][row] < 4].float().diff().sign().sum()) for row in (0, 20)]
         flipped += any(step < 0 for step in order)
     assert seen == {0, 1, 2, 3} and 5 < flipped < 40 and min(inside) < 60 and max(inside) == 97
@@ -159,14 +159,14 @@ def test_cityscapes_ids_become_the_19_training_ids(tmp_path):
             pixels = np.arange(36, dtype=np.uint8).reshape(6, 6)
             Image.fromarray(np.stack([pixels] * 3, -1) if part == "leftImg8bit" else pixels).save(tmp_path / part / split / "ulm" / f"{name}.png")
     assert segment.layout(tmp_path) == ("cityscapes", 19)
-    source = segment.Labelled(tmp_path, "train", 19)
-    label = source.label(source.photo(0)).flatten().tolist()
+    source = segment.LabelMapFolder(tmp_path, "train", 19)
+    label = source.label(source.image(0)).flatten().tolist()
     # road, sidewalk, building, person, car and bicycle; pole's group, caravan and trailer do not count
     assert [label[k] for k in (7, 8, 11, 24, 26, 33)] == [0, 1, 2, 11, 13, 18] and {label[k] for k in (0, 6, 18, 29, 30)} == {255}
     assert sorted(set(label)) == [*range(19), 255]
     Image.fromarray(np.full((6, 6), 3, np.uint8)).save(tmp_path / "gtFine" / "train" / "ulm" / "ulm_000_gtFine_labelTrainIds.png")
-    source = segment.Labelled(tmp_path, "train", 19)  # these files win, as they are
-    assert (source.label(source.photo(0)) == 3).all()
+    source = segment.LabelMapFolder(tmp_path, "train", 19)  # these files win, as they are
+    assert (source.label(source.image(0)) == 3).all()
 
 
 def test_voc_trains_on_the_augmented_list_and_reads_palettes(tmp_path):
@@ -180,9 +180,9 @@ def test_voc_trains_on_the_augmented_list_and_reads_palettes(tmp_path):
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("a\n")
     (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("a\nb\n")
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("c\n")
-    train, val = (segment.Labelled(tmp_path, split, 21) for split in ("train", "val"))
+    train, val = (segment.LabelMapFolder(tmp_path, split, 21) for split in ("train", "val"))
     assert [train.name(i) for i in range(len(train))] == ["a.jpg", "b.jpg"] and len(val) == 1
-    assert (train.label(train.photo(1)) == 6).all() and (val.label(val.photo(0)) == 7).all()
+    assert (train.label(train.image(1)) == 6).all() and (val.label(val.image(0)) == 7).all()
 
 
 # --- mIoU ---
@@ -197,15 +197,15 @@ def test_miou_of_a_tiny_picture_by_hand():
     assert segment.iou(counts).nanmean().item() == pytest.approx((2 / 3 + 1 / 2 + 1 / 2) / 3)
 
 
-def test_evaluation_is_at_the_original_size_of_every_image(labelled, tmp_path):
+def test_evaluation_is_at_the_original_size_of_every_image(labeled, tmp_path):
     args = type("", (), dict(classes=4, workers=0, amp="off", out=str(tmp_path)))
-    source, model = segment.Labelled(labelled, "val", 4), tiny_fcn()
+    source, model = segment.LabelMapFolder(labeled, "val", 4), tiny_fcn()
     figures = segment.evaluate(model, source, args, torch.device("cpu"))
     model.eval()
     hits, union = np.zeros(4), np.zeros(4)
     for i in range(len(source)):
-        image = np.asarray(Image.open(labelled / "val" / "images" / source.name(i)))
-        label = np.asarray(Image.open(labelled / "val" / "labels" / source.name(i)))
+        image = np.asarray(Image.open(labeled / "val" / "images" / source.name(i)))
+        label = np.asarray(Image.open(labeled / "val" / "labels" / source.name(i)))
         with torch.no_grad():
             guess = model(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])[0].argmax(dim=0).numpy()
         assert guess.shape == label.shape
@@ -226,17 +226,17 @@ def step_and_evaluation(folder, out):
     model = tiny_fcn().train()
     share = 4 // common.world_size()
     mine = slice(common.rank() * share, (common.rank() + 1) * share)
-    ddp = common.parallel(model, torch.device("cpu"))
+    ddp = common.wrap_ddp(model, torch.device("cpu"))
     loss = segment.pixel_loss(ddp(image[mine]), label[mine])
     loss.backward()
     args = type("", (), dict(classes=4, workers=0, amp="off", out=out))
-    figures = segment.evaluate(tiny_fcn(), segment.Labelled(folder, "val", 4), args, torch.device("cpu"))
+    figures = segment.evaluate(tiny_fcn(), segment.LabelMapFolder(folder, "val", 4), args, torch.device("cpu"))
     return loss.item(), np.concatenate([p.grad.flatten().numpy() for p in model.parameters()]), figures
 
 
-def test_two_processes_equal_one(labelled, tmp_path):
-    loss, gradient, figures = step_and_evaluation(str(labelled), str(tmp_path))
-    two = in_processes(2, step_and_evaluation, str(labelled), str(tmp_path))
+def test_two_processes_equal_one(labeled, tmp_path):
+    loss, gradient, figures = step_and_evaluation(str(labeled), str(tmp_path))
+    two = in_processes(2, step_and_evaluation, str(labeled), str(tmp_path))
     assert np.mean([x for x, *_ in two]) == pytest.approx(loss, rel=1e-4)
     np.testing.assert_allclose(two[0][1], gradient, atol=1e-4 * np.abs(gradient).max())
     assert [x for *_, x in two] == [pytest.approx(figures)] * 2
@@ -244,8 +244,8 @@ def test_two_processes_equal_one(labelled, tmp_path):
 
 # --- the script ---
 
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(labelled, tmp_path, monkeypatch):
-    common_flags = [*TINY, "--data", labelled, "--iterations", 5, "--eval-every", 1, "--print-every", 1]
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(labeled, tmp_path, monkeypatch):
+    common_flags = [*TINY, "--data", labeled, "--iterations", 5, "--eval-every", 1, "--print-every", 1]
     assert run(monkeypatch, *common_flags, "--out", tmp_path / "whole") == 0
     assert run(monkeypatch, *common_flags, "--out", tmp_path / "parts", "--max-steps", 3) == 0
     assert run(monkeypatch, *common_flags, "--out", tmp_path / "parts") == 0
@@ -257,7 +257,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(labelled, tm
 
 
 def test_it_learns_to_tell_object_from_ground(tmp_path, monkeypatch):
-    for split, seed in (("train", 0), ("val", 1)):  # bright discs on dark ground: what colour alone tells
+    for split, seed in (("train", 0), ("val", 1)):  # bright discs on dark ground: what color alone tells
         for part in ("images", "labels"):
             (tmp_path / "d" / split / part).mkdir(parents=True)
         rng = np.random.default_rng(seed)
@@ -281,7 +281,7 @@ def bad_value(data):
     Image.fromarray(np.full_like(np.asarray(Image.open(path)), 9)).save(path)
 
 
-def colours(data):
+def colors(data):
     path = next((data / "train" / "labels").rglob("3.png"))
     Image.open(path).convert("RGB").save(path)
 
@@ -296,10 +296,10 @@ def missing(data):
 
 
 @pytest.mark.parametrize("harm, message, workers", [
-    (bad_size, "rows by columns", 0), (bad_value, "holds the label 9", 0), (colours, "one grey or palette", 0),
+    (bad_size, "rows by columns", 0), (bad_value, "holds the label 9", 0), (colors, "one gray or palette", 0),
     (torn, "cannot be decoded", 0), (missing, "no label map", 0), (bad_size, "rows by columns", 1)])
 def test_a_bad_label_map_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, harm, message, workers):
-    data = write_labelled(tmp_path / "data", count=4)
+    data = write_labeled(tmp_path / "data", count=4)
     harm(data)
     assert run(monkeypatch, *TINY[:-1], workers, "--data", data, "--iterations", 3, "--out", tmp_path / "out") == 2
     error = capfd.readouterr().err
@@ -310,15 +310,15 @@ def test_a_bad_label_map_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatc
     (["--data", "/nowhere", "--classes", 3], "no such folder"), (["--data", "LABELLED"], "--classes"),
     (["--data", "LABELLED", "--classes", 4, "--batch-size", 99], "do not fill a batch"),
     (["--data", "LABELLED", "--classes", 4, "--batch-size", 4, "--init", "/nowhere.pt"], "cannot be read"), (["--classes", 4], "--data")])
-def test_wrong_use_ends_with_one_line_and_exit_code_2(labelled, tmp_path, monkeypatch, capfd, flags, message):
-    flags = [labelled if flag == "LABELLED" else flag for flag in flags]
+def test_wrong_use_ends_with_one_line_and_exit_code_2(labeled, tmp_path, monkeypatch, capfd, flags, message):
+    flags = [labeled if flag == "LABELLED" else flag for flag in flags]
     assert run(monkeypatch, "--init", "random", *flags, "--out", tmp_path / "out") == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_the_log_holds_what_the_readme_says(labelled, tmp_path, monkeypatch):
-    assert run(monkeypatch, *TINY, "--data", labelled, "--epochs", 1, "--print-every", 2, "--out", tmp_path) == 0
+def test_the_log_holds_what_the_readme_says(labeled, tmp_path, monkeypatch):
+    assert run(monkeypatch, *TINY, "--data", labeled, "--epochs", 1, "--print-every", 2, "--out", tmp_path) == 0
     first, last = [json.loads(line) for line in Path(tmp_path, "log.jsonl").read_text().splitlines()]
     assert first["loss"] > 0 and first["lr"] == pytest.approx(0.03 * 4 / 16)
     assert set(last) == {"epoch", "step", "mIoU", "pixel_accuracy"} and 0 <= last["mIoU"] <= 1

@@ -32,7 +32,7 @@ def painted(size, box):
     picture = np.full((size[1], size[0], 3), (0, 0, 255), np.uint8)
     x1, y1, x2, y2 = box
     picture[y1:y2, x1:x2] = (255, 0, 0)
-    return common.Photo(Image.fromarray(picture), 0)
+    return common.LazyImage(Image.fromarray(picture), 0)
 
 
 def extent(view):
@@ -54,7 +54,7 @@ def test_paint_stays_in_its_box_through_crop_resize_and_flip_in_every_view(size)
         w, h = (int(side * rng.uniform(0.35, 0.7)) for side in size)
         x, y = int(rng.integers(size[0] - w + 1)), int(rng.integers(size[1] - h + 1))
         box = x, y, x + w, y + h
-        batch = soco.object_views(painted(size, box), rng, lambda photo, rng: np.array([box], float), SIZES, 2, 0.0)
+        batch = soco.object_views(painted(size, box), rng, lambda image, rng: np.array([box], float), SIZES, 2, 0.0)
         for i, side in enumerate(SIZES, start=1):
             assert batch[f"view{i}"].shape == (3, side, side) and batch[f"view{i}"].dtype == torch.uint8
             assert (batch[f"boxes{i}"][0] - extent(batch[f"view{i}"])).abs().max() < 1, (i, size, box)
@@ -65,7 +65,7 @@ def test_jittered_boxes_stay_within_a_tenth_of_the_paint_and_in_the_view():
     rng, moved = np.random.default_rng(1), []
     box = 60, 30, 180, 130
     for _ in range(300):
-        batch = soco.object_views(painted((320, 200), box), rng, lambda photo, rng: np.array([box], float), SIZES, 4, 0.5)
+        batch = soco.object_views(painted((320, 200), box), rng, lambda image, rng: np.array([box], float), SIZES, 4, 0.5)
         for i, side in enumerate(SIZES, start=1):
             boxes, paint = batch[f"boxes{i}"], extent(batch[f"view{i}"])
             reach = 0.15 * torch.tensor([120 / 320, 100 / 200] * 2) * side / 0.61 + 1  # a crop shows .61 of a side or more
@@ -75,7 +75,7 @@ def test_jittered_boxes_stay_within_a_tenth_of_the_paint_and_in_the_view():
     assert 0.3 < np.mean(moved) < 0.5                                  # half of them, less those moved by little
 
 
-def test_box_jitter_moves_centre_and_side_by_up_to_a_tenth_each_on_its_own_draw():
+def test_box_jitter_moves_center_and_side_by_up_to_a_tenth_each_on_its_own_draw():
     boxes = np.tile([10.0, 20, 50, 120], (20000, 1))                   # 40 wide, 100 high
     out = soco.jitter(boxes, 0.5, np.random.default_rng(0))
     still = (out == boxes).all(axis=1)
@@ -89,13 +89,13 @@ def test_box_jitter_moves_centre_and_side_by_up_to_a_tenth_each_on_its_own_draw(
 
 
 def test_a_box_is_jittered_before_the_view_clips_it():
-    photo, rng = painted((320, 200), (0, 0, 1, 1)), np.random.default_rng(0)
-    beyond = lambda photo, rng: np.array([[-100.0, -60, 420, 260]])    # more than .15 of its side beyond every border
-    left = lambda photo, rng: np.array([[-300.0, -300, 200, 500]])     # jitter may take it out of V2, all but 16 of 224 pixels
+    image, rng = painted((320, 200), (0, 0, 1, 1)), np.random.default_rng(0)
+    beyond = lambda image, rng: np.array([[-100.0, -60, 420, 260]])    # more than .15 of its side beyond every border
+    left = lambda image, rng: np.array([[-300.0, -300, 200, 500]])     # jitter may take it out of V2, all but 16 of 224 pixels
     for _ in range(100):
-        batch = soco.object_views(photo, rng, beyond, SIZES, 2, 1.0)
+        batch = soco.object_views(image, rng, beyond, SIZES, 2, 1.0)
         assert all((batch[f"boxes{i}"] == torch.tensor([0.0, 0, s, s])).all() for i, s in enumerate(SIZES, start=1))
-        batch = soco.object_views(photo, rng, left, SIZES, 2, 1.0)
+        batch = soco.object_views(image, rng, left, SIZES, 2, 1.0)
         for i, side in enumerate(SIZES, start=1):
             x1, y1, x2, y2 = batch[f"boxes{i}"].T
             assert ((x2 - x1) > 0.071 * side).all() and ((y2 - y1) == side).all()
@@ -103,10 +103,10 @@ def test_a_box_is_jittered_before_the_view_clips_it():
 
 def test_v1_is_the_whole_image_v2_half_of_it_or_more_and_v3_shows_the_same_as_v2():
     ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 300)), np.zeros((300, 300))], axis=-1)
-    photo = common.Photo(Image.fromarray(ramp.astype(np.uint8)), 0)
+    image = common.LazyImage(Image.fromarray(ramp.astype(np.uint8)), 0)
     rng, flips, areas = np.random.default_rng(0), [], []
     for _ in range(200):
-        batch = soco.object_views(photo, rng, lambda photo, rng: np.array([[30.0, 30, 270, 270]]), SIZES, 1, 0.0)
+        batch = soco.object_views(image, rng, lambda image, rng: np.array([[30.0, 30, 270, 270]]), SIZES, 1, 0.0)
         span = [(v[:2].amax(dim=(1, 2)).float() - v[:2].amin(dim=(1, 2)).float()) / 255 for v in
                 (batch[f"view{i}"] for i in range(1, 5))]                                # share of the image: x, y
         assert span[0].min() > 0.97
@@ -123,13 +123,13 @@ def test_v1_is_the_whole_image_v2_half_of_it_or_more_and_v3_shows_the_same_as_v2
 
 def test_k_different_proposals_are_taken_where_there_are_as_many_and_copies_where_there_are_fewer():
     boxes = np.array([[10.0 * k, 10 + k, 10 * k + 60, 80] for k in range(6)])
-    photo, rng = painted((120, 100), (0, 0, 1, 1)), np.random.default_rng(0)
+    image, rng = painted((120, 100), (0, 0, 1, 1)), np.random.default_rng(0)
     seen, twice = set(), set()
     for _ in range(100):
-        taken = soco.object_views(photo, rng, lambda photo, rng: boxes, [64, 64], 4, 0.0)["boxes1"]
+        taken = soco.object_views(image, rng, lambda image, rng: boxes, [64, 64], 4, 0.0)["boxes1"]
         assert len({tuple(b) for b in taken.tolist()}) == 4
         seen |= {round(b[1], 2) for b in taken.tolist()}
-        few = soco.object_views(photo, rng, lambda photo, rng: boxes[:3] / 2 + 20, [64, 64], 4, 0.0)["boxes1"]
+        few = soco.object_views(image, rng, lambda image, rng: boxes[:3] / 2 + 20, [64, 64], 4, 0.0)["boxes1"]
         copies = Counter(tuple(b) for b in few.tolist())
         assert sorted(copies.values()) == [1, 1, 2]                    # none is lost
         twice.add(copies.most_common(1)[0][0])
@@ -138,7 +138,7 @@ def test_k_different_proposals_are_taken_where_there_are_as_many_and_copies_wher
 
 @pytest.mark.parametrize("boxes", [np.zeros((0, 4)), np.array([[1.0, 1, 4, 4]])])
 def test_an_image_with_no_proposal_in_sight_is_one_whole_object_in_every_view(boxes):
-    batch = soco.object_views(painted((200, 100), (0, 0, 9, 9)), np.random.default_rng(0), lambda photo, rng: boxes, SIZES, 3, 0.0)
+    batch = soco.object_views(painted((200, 100), (0, 0, 9, 9)), np.random.default_rng(0), lambda image, rng: boxes, SIZES, 3, 0.0)
     for i, side in enumerate(SIZES, start=1):
         assert torch.equal(batch[f"boxes{i}"], torch.tensor([0.0, 0, side, side]).expand(3, 4))
 
@@ -146,7 +146,7 @@ def test_an_image_with_no_proposal_in_sight_is_one_whole_object_in_every_view(bo
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (5, 5)])
 def test_images_smaller_than_a_box_give_views_and_boxes_all_the_same(size):
     for boxes in [np.array([[-50.0, -20, 300, 200]]), np.array([[0.0, 0, *size]])]:
-        batch = soco.object_views(painted(size, (0, 0, 1, 1)), np.random.default_rng(0), lambda photo, rng: boxes, SIZES, 2, 0.5)
+        batch = soco.object_views(painted(size, (0, 0, 1, 1)), np.random.default_rng(0), lambda image, rng: boxes, SIZES, 2, 0.5)
         for i, side in enumerate(SIZES, start=1):
             b = batch[f"boxes{i}"]
             assert b.min() >= 0 and b.max() <= side and (b[:, 2:] - b[:, :2] > 0.7 * side).all()
@@ -165,7 +165,7 @@ TINY = dict(arch="resnet18w0.25", size=64, hidden=24, dim=16)
 
 
 def tiny(**settings):
-    common.seed_device(0)
+    common.seed_everything(0)
     model = soco.SoCo(**{**TINY, **settings})
     for p in model.online.backbone.parameters():                       # a block whose last gamma is 0 hides its other weights
         if p.ndim == 1:
@@ -176,7 +176,7 @@ def tiny(**settings):
 
 
 def plain(model):
-    """No colour draws, and BN with made-up running statistics."""
+    """No color draws, and BN with made-up running statistics."""
     model.photometric = nn.ModuleList(common.Photometric() for _ in model.photometric)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -339,7 +339,7 @@ def gradients():
     model, batch = tiny(views=3).double(), a_batch(sizes=SIZES[:3])
     model.photometric = nn.ModuleList(nn.Sequential(common.Photometric(), Double()) for _ in range(3))
     share = 4 // common.world_size()
-    ddp = common.parallel(model, torch.device("cpu"))
+    ddp = common.wrap_ddp(model, torch.device("cpu"))
     loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
     loss.backward()
     grads = [p.grad.numpy() for p in [*model.online.parameters(), *model.predictor.parameters()]]
@@ -369,7 +369,6 @@ def test_proposals_are_kept_by_aspect_and_size_with_both_ends_included():
 
 
 def test_an_image_whose_proposals_all_fail_falls_back_step_by_step():
-    size = 100, 100
     keep = lambda *boxes: soco.filter_proposals(np.array(boxes, float).reshape(-1, 4), (200, 200)).tolist()
     good, small, tiny = box_of(60, 60), box_of(40, 32), box_of(31, 31)
     long, thin = box_of(190, 32), box_of(190, 31)
@@ -387,8 +386,8 @@ def test_random_boxes_lie_in_the_image_and_pass_the_papers_filter(size):
     scale = np.sqrt(w * h / size[0] / size[1])
     assert len(boxes) > 1000 and scale.min() >= 0.3 and scale.max() <= 0.8 and scale.std() > 0.05
     assert (w / h).min() >= 1 / 3 and (w / h).max() <= 3
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 / size
-    assert centre.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2 / size
+    assert center.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
 
 
 def test_there_are_a_hundred_random_boxes_in_every_image_of_usual_shape_and_a_strip_is_one_object():
@@ -433,13 +432,13 @@ def test_proposals_of_any_origin_come_back_image_by_image(folder, tmp_path):
     soco.save_proposals(tmp_path / "own.npz", folder, [*BOXES[:4], []])
     proposals = soco.read_proposals(tmp_path / "own.npz", folder)
     for i in range(5):
-        assert np.array_equal(proposals(folder.photo(i), None), BOXES[i])
+        assert np.array_equal(proposals(folder.image(i), None), BOXES[i])
 
 
 def test_a_bad_proposals_file_is_refused_in_one_line_that_says_what_is_wrong(folder, tmp_path, capsys):
     path = tmp_path / "bad.npz"
     good = dict(boxes=np.concatenate(BOXES), offsets=np.cumsum([0, *map(len, BOXES)]), names=folder.names)
-    other = common.ImageFolder(write_pictures(tmp_path / "other", 5, seed=1))
+    write_pictures(tmp_path / "other", 5, seed=1)
     Path(tmp_path / "other", folder.name(3)).rename(tmp_path / "other" / "new.png")
     renamed = common.ImageFolder(tmp_path / "other").names
     cases = [

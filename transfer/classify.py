@@ -42,7 +42,7 @@ POOL = {2: 6, 3: 4, 4: 3, 5: 2}                # svm pools a stage to so many ce
 COSTS = [2.0 ** k for k in range(-19, 8, 2)]   # an SVM's, to choose from
 
 
-# --- Labelled images -------------------------------------------------------------------------------------------------
+# --- Labeled images -------------------------------------------------------------------------------------------------
 
 class VOC2007(common.ImageFolder):
     """The images of ImageSets/Main/{split}.txt. `.truth`: [N, 20] of 1 (shows the class), -1 (does not), 0 (hard to say)."""
@@ -60,7 +60,7 @@ class VOC2007(common.ImageFolder):
         self.only([f"{name}.jpg".encode() for name in names], split)
 
 
-def open_labelled(args):
+def open_labeled(args):
     """(images to learn from, images to judge by, the class of each image of both, or None for VOC, number of classes)."""
     if Path(args.data, "ImageSets", "Main").is_dir():
         if args.protocol != "svm":
@@ -76,15 +76,15 @@ def open_labelled(args):
     return train, val, (labels, val.labels(classes)[0]), len(classes)
 
 
-def example(photo, rng, size, labels=None, augment=False):
+def labeled_view(image, rng, size, labels=None, augment=False):
     """A view [3, size, size] uint8, the middle of the image or with `augment` a random resized crop, mirrored half of the time;
     its class; and `at`, which image it is (another's where one cannot be decoded)."""
-    crop = common.random_crop(photo.size, (0.08, 1.0), rng) if augment else common.center_crop(photo.size)
-    view, = photo.cut([crop], [size])
+    crop = common.random_crop(image.size, (0.08, 1.0), rng) if augment else common.center_crop(image.size)
+    view, = image.crop([crop], [size])
     if augment and rng.random() < 0.5:
         view = ImageOps.mirror(view)
-    batch = {"view": common.to_tensor(view), "at": torch.tensor(photo.index)}
-    return batch if labels is None else {**batch, "label": labels[photo.index]}
+    batch = {"view": common.to_tensor(view), "at": torch.tensor(image.index)}
+    return batch if labels is None else {**batch, "label": labels[image.index]}
 
 
 # --- Linear probe and fine-tuning ------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone, stage, classes, frozen):
         super().__init__()
         self.backbone, self.stages, self.frozen = backbone, stage - 1, frozen
-        self.normalise = common.Photometric()
+        self.normalize = common.Photometric()
         self.fc = nn.Linear(backbone.channels[stage - 2], classes)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
@@ -119,7 +119,7 @@ class Classifier(nn.Module):
     def scores(self, view):
         """[N, 3, S, S] uint8 -> scores [N, classes], float32."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            c = self.backbone(self.normalise(view), self.stages)[-1]      # [N, C, H, W]
+            c = self.backbone(self.normalize(view), self.stages)[-1]      # [N, C, H, W]
         with torch.autocast(view.device.type, enabled=False):
             return self.fc(c.float().mean(dim=(2, 3)))
 
@@ -131,7 +131,7 @@ def evaluate(model, source, labels, args, device):
     mine = [(0, i) for i in range(common.rank(), len(source), common.world_size())]
     batches = (mine[start:start + 256] for start in range(0, len(mine), 256))
     counts = torch.zeros(3, dtype=torch.long, device=device)
-    for batch in common.Loader(source, partial(example, size=args.size, labels=labels), batches, args.workers, device):
+    for batch in common.Loader(source, partial(labeled_view, size=args.size, labels=labels), batches, args.workers, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             scores = model.scores(batch["view"])
         own = (batch["at"] == batch["index"])[:, None]                                    # not what stands in for another
@@ -151,10 +151,10 @@ def train(args, source, model, views, device, collate=None, judge=None):
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = common.Run(args, source, "classify", model, optimizer)
     batches = run.batches(views, device, collate)
-    ddp = common.parallel(model, device)
+    ddp = common.wrap_ddp(model, device)
 
     for batch in batches:
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total, drops=args.drops)
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
@@ -175,9 +175,9 @@ def train(args, source, model, views, device, collate=None, judge=None):
 
 def classify_images(args, backbone, device):
     """linear and finetune, with a row of `evaluate` each epoch."""
-    source, val, labels, classes = open_labelled(args)
+    source, val, labels, classes = open_labeled(args)
     model = Classifier(backbone, args.stage, classes, args.protocol == "linear")
-    views = partial(example, size=args.size, labels=labels[0], augment=True)
+    views = partial(labeled_view, size=args.size, labels=labels[0], augment=True)
     run = train(args, source, model, views, device, judge=lambda: evaluate(model, val, labels[1], args, device))
     tested = [row for row in run.rows() if "top1" in row] if common.rank() == 0 else []
     if tested:
@@ -190,15 +190,15 @@ def classify_images(args, backbone, device):
 
 @torch.no_grad()
 def pooled(backbone, source, stage, args, device):
-    """A stage's output, pooled to a few cells and L2-normalised, of every image: [N, D], in all processes; and which image
+    """A stage's output, pooled to a few cells and L2-normalized, of every image: [N, D], in all processes; and which image
     each row is of [N]."""
     share = np.arange(common.rank(), len(source) + -len(source) % common.world_size(), common.world_size()) % len(source)
     batches = ([(0, int(i)) for i in share[start:start + 256]] for start in range(0, len(share), 256))
     rows, at = None, torch.zeros(len(source), dtype=torch.long, device=device)
-    normalise = common.Photometric().to(device)
-    for batch in common.Loader(source, partial(example, size=args.size), batches, args.workers, device):
+    normalize = common.Photometric().to(device)
+    for batch in common.Loader(source, partial(labeled_view, size=args.size), batches, args.workers, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            c = backbone(normalise(batch["view"]), stage - 1)[-1]
+            c = backbone(normalize(batch["view"]), stage - 1)[-1]
         x = F.normalize(F.adaptive_avg_pool2d(c.float(), POOL[stage]).flatten(1), dim=1)
         index = common.all_gather(batch["index"])
         rows = x.new_empty(len(source), x.shape[1]) if rows is None else rows
@@ -208,7 +208,7 @@ def pooled(backbone, source, stage, args, device):
 
 @common.exact_products()
 def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
-    """Support vector machines, one a column of y: w that minimises |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2.
+    """Support vector machines, one a column of y: w that minimizes |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2.
 
     x: [N, D]; y: [N, K] of 1, -1, or 0 for what a column leaves out; cost: C, a number or [K]; C_i = `positive` * C where y_i
     is 1. Returns [D, K]. Newton's method on all columns at once, its equations solved by conjugate gradients: the objective
@@ -285,8 +285,8 @@ def open_objects(args):
     """(images to learn from, images to judge by, number of classes): annotated ones, or drawn shapes."""
     if not args.train:
         shapes = lambda part, k: common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all()
-        return shapes("train", 1), shapes("val", 2), len(common.KINDS)
-    train, val = coco.Annotated(*args.train, training=True), coco.Annotated(*args.val, training=False)
+        return shapes("train", 1), shapes("val", 2), len(common.SHAPE_CLASSES)
+    train, val = coco.CocoFolder(*args.train, training=True), coco.CocoFolder(*args.val, training=False)
     if train.classes != val.classes:
         common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}")
     return train, val, len(train.classes)
@@ -328,7 +328,7 @@ class Supervised(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.fc = nn.ModuleList(nn.Linear(9 * channels, classes) for channels in backbone.channels)
-        self.photometric = common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2)
+        self.photometric = common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2)
 
     def forward(self, batch):
         """batch: as `common.object_view` makes them -> the mean cross-entropy of the stages, and their accuracies."""
@@ -352,7 +352,7 @@ def objects(args, device):
     if args.protocol == "supervised":
         images = source if args.train else common.Shapes(SHAPES["unlabeled"], SHAPES["size"], args.seed).draw_all()
         views = partial(common.object_view, source=images, size=args.size)
-        run = train(args, images, Supervised(network.backbone, classes), views, device, common.lists)
+        run = train(args, images, Supervised(network.backbone, classes), views, device, common.collate_lists)
         network.detects = False
         if run.step < run.total:
             return
@@ -383,7 +383,7 @@ def table(args, title, parts):
         cells = (figures[name] for figures in parts.values())
         print(f"{name:10}" + "".join(f"{x:9.2g}" if name == "cost" else f"{x:9.1%}" for x in cells))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    with common.whole(Path(args.out, f"{args.protocol}.json")) as file:
+    with common.atomic_write(Path(args.out, f"{args.protocol}.json")) as file:
         file.write(json.dumps({"title": title, **parts}).encode())
 
 
@@ -397,11 +397,11 @@ def arguments():
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to judge by (default of both: drawn shapes)")
     add("--protocol", choices=["objects", "supervised", "linear", "svm", "knn", "finetune"],
         help="how the features are judged")
-    add("--size", type=common.number(int, 32), help="side of a view in pixels; 48 for the drawn shapes")
-    add("--boxes", type=common.number(int, 1), help="of objects: boxes to learn from, and to judge by, at most")
+    add("--size", type=common.bounded(int, 32), help="side of a view in pixels; 48 for the drawn shapes")
+    add("--boxes", type=common.bounded(int, 1), help="of objects: boxes to learn from, and to judge by, at most")
     add("--stage", type=int, choices=[2, 3, 4, 5], help="whose output is classified; svm and knn show all")
-    add("--weight-decay", type=common.number(float, 0), help="1e-4 in finetune and supervised")
-    add("--drops", type=common.number(float, 0, 1), nargs="+",
+    add("--weight-decay", type=common.bounded(float, 0), help="1e-4 in finetune and supervised")
+    add("--drops", type=common.bounded(float, 0, 1), nargs="+",
         help="when the learning rate falls to a tenth, in shares of the run; 0.7 0.9 in finetune and supervised")
 
     def variant(args):
@@ -421,7 +421,7 @@ def arguments():
 def main():
     device = common.init_distributed()
     args = arguments()
-    common.seed_device(args.seed)
+    common.seed_everything(args.seed)
     if args.protocol in OBJECTS:
         objects(args, device)
         return common.finish()
@@ -429,7 +429,7 @@ def main():
     if args.protocol in ("linear", "finetune"):
         classify_images(args, backbone, device)
         return common.finish()
-    source, val, labels, classes = open_labelled(args)
+    source, val, labels, classes = open_labeled(args)
     backbone.to(device, memory_format=torch.channels_last).eval()
     title = f"{args.init}, {len(source)} images to learn from, {len(val)} to judge by, {classes} classes"
     stages = {}

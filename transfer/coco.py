@@ -14,7 +14,7 @@ from transfer.coco_masks import decode
 
 # --- Annotated images ------------------------------------------------------------------------------------------------
 
-class Annotated(common.ImageFolder):
+class CocoFolder(common.ImageFolder):
     """The images of a COCO annotation file. With `training` those that show something to learn, crowds aside.
 
     needs: what each object must have beside its box, "segmentation" or "keypoints" (an object without is not learned).
@@ -25,23 +25,23 @@ class Annotated(common.ImageFolder):
     def __init__(self, folder, path, training, needs=None):
         super().__init__(folder)
         try:
-            notes = json.loads(Path(path).read_text())
-            self.classes = {x["id"]: x["name"] for x in sorted(notes["categories"], key=lambda x: x["id"])}
-            self.keypoints = next((x["keypoints"] for x in notes["categories"] if x.get("keypoints")), [])
-            objects = {image["id"]: [] for image in notes["images"]}
-            for note in notes["annotations"]:
-                if note["category_id"] not in self.classes:
-                    common.fail(f"{path}: an object is of category {note['category_id']}, which `categories` lacks")
-                if note["image_id"] not in objects:
-                    common.fail(f"{path}: an object is in image {note['image_id']}, which `images` lacks")
-                if needs == "segmentation" and not note.get(needs):
-                    common.fail(f"{path}: an object of image {note['image_id']} has no segmentation")
-                x, y, w, h = map(float, note["bbox"])
-                seen = needs != "keypoints" or any((note.get(needs) or [])[2::3])
-                if not note.get("iscrowd") and w > 0 and h > 0 and seen:
-                    objects[note["image_id"]].append({"category_id": note["category_id"], "bbox": [x, y, w, h],
-                                                      **({needs: note[needs]} if needs else {})})
-            images = [image for image in notes["images"] if objects[image["id"]] or not training]
+            dataset = json.loads(Path(path).read_text())
+            self.classes = {x["id"]: x["name"] for x in sorted(dataset["categories"], key=lambda x: x["id"])}
+            self.keypoints = next((x["keypoints"] for x in dataset["categories"] if x.get("keypoints")), [])
+            objects = {image["id"]: [] for image in dataset["images"]}
+            for annotation in dataset["annotations"]:
+                if annotation["category_id"] not in self.classes:
+                    common.fail(f"{path}: an object is of category {annotation['category_id']}, which `categories` lacks")
+                if annotation["image_id"] not in objects:
+                    common.fail(f"{path}: an object is in image {annotation['image_id']}, which `images` lacks")
+                if needs == "segmentation" and not annotation.get(needs):
+                    common.fail(f"{path}: an object of image {annotation['image_id']} has no segmentation")
+                x, y, w, h = map(float, annotation["bbox"])
+                seen = needs != "keypoints" or any((annotation.get(needs) or [])[2::3])
+                if not annotation.get("iscrowd") and w > 0 and h > 0 and seen:
+                    objects[annotation["image_id"]].append({"category_id": annotation["category_id"], "bbox": [x, y, w, h],
+                                                      **({needs: annotation[needs]} if needs else {})})
+            images = [image for image in dataset["images"] if objects[image["id"]] or not training]
             names = [os.fsencode(os.path.normpath(image["file_name"])) for image in images]
             texts = [json.dumps([image.get("width"), image.get("height"), objects[image["id"]]]).encode()
                      for image in images]
@@ -51,42 +51,42 @@ class Annotated(common.ImageFolder):
         if not names:
             common.fail(f"{path} annotates nothing" + (f" with {needs}" if needs else ""))
         self.only(names, path)
-        self.notes, self.note_ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
+        self.annotations, self.annotation_ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
 
-    def note(self, i):
+    def annotation(self, i):
         """[width, height, objects] of image i, as the file has them."""
-        return json.loads(self.notes[self.note_ends[i]:self.note_ends[i + 1]])
+        return json.loads(self.annotations[self.annotation_ends[i]:self.annotation_ends[i + 1]])
 
-    def photo(self, i):
-        photo, (width, height, _) = super().photo(i), self.note(i)
-        if (width or photo.size[0], height or photo.size[1]) != photo.size:
-            raise common.Unreadable(f"it has {photo.size[0]} x {photo.size[1]} pixels, its annotations {width} x "
+    def image(self, i):
+        image, (width, height, _) = super().image(i), self.annotation(i)
+        if (width or image.size[0], height or image.size[1]) != image.size:
+            raise common.Unreadable(f"it has {image.size[0]} x {image.size[1]} pixels, its annotations {width} x "
                                     f"{height}")
-        return photo
+        return image
 
     def objects(self, i):
         """Boxes [n, 4] xyxy in pixels of image i, and their classes [n], counted in the order of `classes`."""
-        notes, order = self.note(i)[2], list(self.classes)
-        boxes = np.array([note["bbox"] for note in notes], np.float32).reshape(-1, 4)
+        objects, order = self.annotation(i)[2], list(self.classes)
+        boxes = np.array([annotation["bbox"] for annotation in objects], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]                                                      # x, y, w, h -> x1, y1, x2, y2
-        return boxes, np.array([order.index(note["category_id"]) for note in notes], np.int64)
+        return boxes, np.array([order.index(annotation["category_id"]) for annotation in objects], np.int64)
 
-    def identity(self):
-        return {**super().identity(), "annotations": zlib.crc32(self.notes), "classes": list(self.classes.values())}
+    def fingerprint(self):
+        return {**super().fingerprint(), "annotations": zlib.crc32(self.annotations), "classes": list(self.classes.values())}
 
 
-def example(photo, rng, source, masks=False, keypoints=False, flip=False):
+def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=False):
     """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is
     the ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
-    (boxes, classes), objects = source.objects(photo.index), source.note(photo.index)[2]
-    boxes = boxes.clip(0, np.tile(np.float32(photo.size), 2))
+    (boxes, classes), objects = source.objects(image.index), source.annotation(image.index)[2]
+    boxes = boxes.clip(0, np.tile(np.float32(image.size), 2))
     seen = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-    batch = {"image": common.to_tensor(photo.decode()), "at": torch.tensor(photo.index),
+    batch = {"image": common.to_tensor(image.decode()), "at": torch.tensor(image.index),
              "boxes": torch.from_numpy(boxes[seen]), "labels": torch.from_numpy(1 + classes[seen])}
     try:
         if masks:
-            drawn = [decode(objects[i]["segmentation"], photo.size) for i in seen]
-            batch["masks"] = torch.from_numpy(np.array(drawn, np.uint8).reshape(-1, *photo.size[::-1]))
+            drawn = [decode(objects[i]["segmentation"], image.size) for i in seen]
+            batch["masks"] = torch.from_numpy(np.array(drawn, np.uint8).reshape(-1, *image.size[::-1]))
         if keypoints:
             points = [objects[i]["keypoints"] for i in seen]
             batch["keypoints"] = torch.tensor(points, dtype=torch.float32).view(-1, len(source.keypoints), 3)
@@ -115,22 +115,22 @@ def mirrored(batch, names):
 def ground_truth(path, source):
     """The annotations at `path` for pycocotools, with what annotators leave out, and images numbered as in `source`."""
     from pycocotools.coco import COCO
-    notes, number = json.loads(Path(path).read_text()), {image: i for i, image in enumerate(source.ids)}
+    dataset, number = json.loads(Path(path).read_text()), {image: i for i, image in enumerate(source.ids)}
     images, annotations = [], []
     for i in range(len(source)):
-        width, height, _ = source.note(i)
+        width, height, _ = source.annotation(i)
         if not (width and height):
             with contextlib.suppress(common.Unreadable):
-                width, height = source.photo(i).size
+                width, height = source.image(i).size
         images.append({"id": i, "width": width or 1, "height": height or 1})
-    for k, note in enumerate(notes["annotations"], start=1):
-        points = note.get("keypoints") or [0] * 3 * len(source.keypoints)
+    for k, annotation in enumerate(dataset["annotations"], start=1):
+        points = annotation.get("keypoints") or [0] * 3 * len(source.keypoints)
         annotations.append({
-            **note, "id": k, "image_id": number[note["image_id"]], "iscrowd": note.get("iscrowd") or 0,
-            "area": note.get("area") or note["bbox"][2] * note["bbox"][3],
+            **annotation, "id": k, "image_id": number[annotation["image_id"]], "iscrowd": annotation.get("iscrowd") or 0,
+            "area": annotation.get("area") or annotation["bbox"][2] * annotation["bbox"][3],
             "keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])})
     truth = COCO()
-    truth.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": notes["categories"]}
+    truth.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": dataset["categories"]}
     with contextlib.redirect_stdout(None):
         truth.createIndex()
     return truth

@@ -2,7 +2,7 @@
 
     python transfer/coco_masks.py instances_train2017.json train2017 masks
     python detcon.py --data train2017 --masks masks
-    python transfer/coco_masks.py --labels notes.json DIR/train/images DIR/train/labels
+    python transfer/coco_masks.py --labels annotations.json DIR/train/images DIR/train/labels
 
 For every image of the folder a 16-bit PNG with a mask a bit: the 16 largest objects. With --labels an 8-bit PNG, whose pixels
 are 0 for the ground and k for the k-th category by id, small objects above large ones. Crowds are left out.
@@ -30,11 +30,11 @@ def decode(segmentation, size):
 
 
 def inside(polygon, size):
-    """The pixels whose centres lie within a polygon (x1, y1, x2, y2, ...), by the even-odd rule -> [H, W] bool."""
+    """The pixels whose centers lie within a polygon (x1, y1, x2, y2, ...), by the even-odd rule -> [H, W] bool."""
     x, y = np.reshape(polygon, (-1, 2)).T.astype(float)
-    dx, dy, centre = np.roll(x, -1) - x, np.roll(y, -1) - y, np.arange(size[1]) + 0.5
-    edge, row = np.nonzero((y[:, None] <= centre) != ((y + dy)[:, None] <= centre))        # which edge crosses which row
-    cross = x[edge] + (centre[row] - y[edge]) / dy[edge] * dx[edge]
+    dx, dy, center = np.roll(x, -1) - x, np.roll(y, -1) - y, np.arange(size[1]) + 0.5
+    edge, row = np.nonzero((y[:, None] <= center) != ((y + dy)[:, None] <= center))        # which edge crosses which row
+    cross = x[edge] + (center[row] - y[edge]) / dy[edge] * dx[edge]
     turns = np.zeros((size[1], size[0] + 1), int)
     np.add.at(turns, (row, np.ceil(cross - 0.5).clip(0, size[0]).astype(int)), 1)          # from here on in, or out
     return turns.cumsum(axis=1)[:, :-1] % 2 == 1
@@ -65,14 +65,14 @@ def main():
     parser.error = lambda message: common.fail(f"{message} (see --help)")
     args = parser.parse_args()
     try:
-        notes = json.loads(Path(args.annotations).read_text())
-        sizes = {image["file_name"]: (image["id"], (image["width"], image["height"])) for image in notes["images"]}
-        order = sorted(category["id"] for category in notes["categories"]) if args.labels else []
+        dataset = json.loads(Path(args.annotations).read_text())
+        sizes = {image["file_name"]: (image["id"], (image["width"], image["height"])) for image in dataset["images"]}
+        order = sorted(category["id"] for category in dataset["categories"]) if args.labels else []
         objects = {}
-        for note in sorted(notes["annotations"], key=lambda note: -note["area"]):
-            if not note.get("iscrowd"):
-                label = 1 + order.index(note["category_id"]) if args.labels else None
-                objects.setdefault(note["image_id"], []).append((note["segmentation"], label))
+        for annotation in sorted(dataset["annotations"], key=lambda annotation: -annotation["area"]):
+            if not annotation.get("iscrowd"):
+                label = 1 + order.index(annotation["category_id"]) if args.labels else None
+                objects.setdefault(annotation["image_id"], []).append((annotation["segmentation"], label))
     except (OSError, ValueError, KeyError, TypeError) as error:
         common.fail(f"{args.annotations} is no file of COCO instances ({error})")
     if len(order) > 254:
@@ -93,7 +93,7 @@ def main():
                 elif k < 16:
                     drawn |= mask.astype(np.uint16) << k
             path.parent.mkdir(parents=True, exist_ok=True)
-            with common.whole(path) as file:
+            with common.atomic_write(path) as file:
                 Image.fromarray(drawn).save(file, "png")
         except OSError as error:
             common.fail(f"cannot write {path}: {error.strerror}")

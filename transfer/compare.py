@@ -47,8 +47,8 @@ def draw_shapes(folder, size):
     COCO's annotations, and knn/train/ and knn/val/ with a folder for each class."""
     for part, seed in (("unlabeled", 0), ("train", 1), ("val", 2)):
         shapes = common.Shapes(SHAPES[part], size, seed).draw_all()
-        categories = [{"id": k, "name": name} for k, name in enumerate(common.KINDS)]
-        notes = {"images": [], "annotations": [], "categories": categories}
+        categories = [{"id": k, "name": name} for k, name in enumerate(common.SHAPE_CLASSES)]
+        dataset = {"images": [], "annotations": [], "categories": categories}
         for kind in (part, "masks") if part == "unlabeled" else (part,):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         for i in range(len(shapes)):
@@ -56,31 +56,31 @@ def draw_shapes(folder, size):
             Image.fromarray(shapes.pictures[i]).save(folder / part / name)
             if part == "unlabeled":
                 Image.fromarray(shapes.segments[i]).save(folder / "masks" / name)
-            notes["images"].append({"id": i, "file_name": name, "width": size, "height": size})
+            dataset["images"].append({"id": i, "file_name": name, "width": size, "height": size})
             for (x1, y1, x2, y2), k in zip(shapes.boxes[i].tolist(), shapes.classes[i].tolist()):
-                notes["annotations"].append({
-                    "id": len(notes["annotations"]) + 1, "image_id": i, "category_id": k, "iscrowd": 0,
+                dataset["annotations"].append({
+                    "id": len(dataset["annotations"]) + 1, "image_id": i, "category_id": k, "iscrowd": 0,
                     "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
         if part == "unlabeled":
             soco.save_proposals(folder / "boxes.npz", common.ImageFolder(folder / part), shapes.boxes)
-        (folder / f"{part}.json").write_text(json.dumps(notes))
+        (folder / f"{part}.json").write_text(json.dumps(dataset))
     for part, seed in (("train", 3), ("val", 4)):
         single = common.Shapes(SHAPES[f"knn_{part}"], size, seed, single=True)
         for i in range(len(single)):
-            path = folder / "knn" / part / list(common.KINDS)[i % len(common.KINDS)] / f"{i:05d}.png"
+            path = folder / "knn" / part / list(common.SHAPE_CLASSES)[i % len(common.SHAPE_CLASSES)] / f"{i:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(single.scene(i)[0]).save(path)
 
 
 def share_labels(path, seeds, folder):
     """{(share, seed): (COCO's annotations of that share of the annotated images, how many those are)} for FEW and 1."""
-    notes = json.loads(Path(path).read_text())
-    shown = sorted({note["image_id"] for note in notes["annotations"]})
+    dataset = json.loads(Path(path).read_text())
+    shown = sorted({annotation["image_id"] for annotation in dataset["annotations"]})
     shares = {}
     for seed in range(seeds):
         kept = set(np.random.default_rng(seed).permutation(shown)[:max(1, round(FEW * len(shown)))].tolist())
-        few = {**notes, "images": [image for image in notes["images"] if image["id"] in kept],
-               "annotations": [note for note in notes["annotations"] if note["image_id"] in kept]}
+        few = {**dataset, "images": [image for image in dataset["images"] if image["id"] in kept],
+               "annotations": [annotation for annotation in dataset["annotations"] if annotation["image_id"] in kept]}
         file = folder / f"labels-{seed}.json"
         file.write_text(json.dumps(few))
         shares |= {(FEW, seed): (file, len(kept)), (1, seed): (path, len(shown))}
@@ -125,10 +125,10 @@ def tasks(args, method, seed):
     if args.knn:
         todo.append(("kNN", script("transfer/classify.py", *probe, "knn", "--data", args.knn), out / "knn.json"))
     for share in (FEW, 1):
-        notes, images = args.labels[share, seed]
+        labels, images = args.labels[share, seed]
         batch = min(8, images)
         epochs, folder = max(1, round(args.steps / (images // batch))), out / f"AP-{share:g}"
-        detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], notes, "--val", *args.val,
+        detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], labels, "--val", *args.val,
                         "--seed", seed, "--size", size, size, "--rois", 32, "--batch-size", batch, "--lr", 0.04,
                         "--warmup", 0.5, "--epochs", epochs, "--save-every", 100, "--out", folder)
         todo.append((f"AP, {share:.0%} of labels", detect, folder / "log.jsonl"))
@@ -234,7 +234,7 @@ def report(args, methods):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: common.fail(f"{message} (see --help)")
-    add, count = parser.add_argument, common.number(int, 1)
+    add, count = parser.add_argument, common.bounded(int, 1)
     add("--data", metavar="DIR", help="images to pre-train on (default: drawn shapes)")
     add("--train", nargs=2, metavar=("IMAGES", "JSON"),
         help="folder, and COCO annotations of images below it, to learn from")
@@ -246,9 +246,9 @@ def arguments():
         help="weights to judge beside them, ours or the authors' (as classify.py's --init)")
     add("--seeds", type=count, default=3, help="networks of each method (default: 3)")
     add("--arch", default="resnet18w0.25", help="of all (default: resnet18w0.25)")
-    add("--size", type=common.number(int, 32), default=64, help="side of views and images in pixels (default: 64)")
+    add("--size", type=common.bounded(int, 32), default=64, help="side of views and images in pixels (default: 64)")
     add("--epochs", type=count, default=6, help="passes over --data (default: 6)")
-    add("--batch-size", type=common.number(int, 8), default=64, help="images a step of pre-training (default: 64)")
+    add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
     add("--steps", type=count, default=200, help="of fine-tuning a detector, 8 images each (default: 200)")
     add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
     add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"),

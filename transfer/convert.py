@@ -75,7 +75,7 @@ def convert(tensors, to):
 
 def write(path, tensors, to):
     """The tensors as a file: a dict for torch.load, or what Detectron2's checkpointer expects of a .pkl."""
-    with common.whole(path) as file:
+    with common.atomic_write(path) as file:
         if to == "detectron2":
             content = {"model": {name: x.numpy() for name, x in tensors.items()}, "__author__": "pre-training for detection",
                        "matching_heuristics": True}

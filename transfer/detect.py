@@ -92,14 +92,14 @@ def fill(detector, tensors, model, head="4conv1fc"):
     return ", ".join(part(named)) or "nothing", ", ".join(part(report.missing_keys))
 
 
-def wide(x):
+def to_float32(x):
     """Whatever a module gives, in float32."""
     if isinstance(x, torch.Tensor):
         return x.float()
-    return {name: wide(y) for name, y in x.items()} if isinstance(x, dict) else type(x)(map(wide, x))
+    return {name: to_float32(y) for name, y in x.items()} if isinstance(x, dict) else type(x)(map(to_float32, x))
 
 
-class Trainee(nn.Module):
+class DetectorWithLosses(nn.Module):
     """The detector as the loop calls it. freeze: the backbone's weights and statistics stay as they are."""
 
     def __init__(self, detector, freeze=False):
@@ -108,7 +108,7 @@ class Trainee(nn.Module):
         detector.backbone.body.requires_grad_(not freeze)
         for name, module in detector.named_modules():  # anchors and boxes take their type: bf16 knows every 4th pixel above 512
             if name in ("backbone", "rpn.head", "roi_heads.box_predictor", "head"):
-                module.register_forward_hook(lambda module, x, output: wide(output))
+                module.register_forward_hook(lambda module, x, output: to_float32(output))
 
     def train(self, mode=True):
         super().train(mode)
@@ -117,7 +117,7 @@ class Trainee(nn.Module):
         return self
 
     def forward(self, batch):
-        """batch: lists of what `coco.example` gives -> the sum of torchvision's losses, and each."""
+        """batch: lists of what `coco.image_and_targets` gives -> the sum of torchvision's losses, and each."""
         names = [name for name in ("boxes", "labels", "masks", "keypoints") if name in batch]
         targets = [dict(zip(names, row)) for row in zip(*(batch[name] for name in names))]
         losses = self.detector([x.float() / 255 for x in batch["image"]], targets)
@@ -131,7 +131,7 @@ def evaluate(detector, source, truth, args, device):
     detector.eval()
     found, classes = {}, list(source.classes)
     batches = ([(0, i)] for i in range(common.rank(), len(source), common.world_size()))
-    for batch in common.Loader(source, partial(coco.example, source=source), batches, args.workers, device, collate=common.lists):
+    for batch in common.Loader(source, partial(coco.image_and_targets, source=source), batches, args.workers, device, collate=common.collate_lists):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             output, = detector([x.float() / 255 for x in batch["image"]])
         image = int(batch["at"][0])  # one that stands in for an undecodable one counts once
@@ -153,17 +153,17 @@ def arguments():
     parser = common.Parser(__doc__, DEFAULTS)
     convert.add_init(parser)
     add = parser.own.add_argument
-    count = common.number(int, 1)
+    count = common.bounded(int, 1)
     add("--train", nargs=2, required=True, metavar=("IMAGES", "JSON"), help="folder, and COCO annotations of images below it")
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, for AP (default: no AP)")
     add("--model", choices=list(LOWEST), help="which of torchvision's detectors")
     add("--head", choices=["4conv1fc", "2fc"], help="box head: SoCo's and torchvision's v2, with norms, or the classic one")
-    add("--size", type=common.number(int, 32), nargs=2, help="range of the image's shorter side in training; tested at the larger")
+    add("--size", type=common.bounded(int, 32), nargs=2, help="range of the image's shorter side in training; tested at the larger")
     add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs)")
     add("--freeze", action="store_true", help="keep the backbone as it is (DetCon Sec. 4.3)")
-    add("--warmup", type=common.number(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--drops", type=common.number(float, 0, 1), nargs="+", help="when the learning rate falls to a tenth, in shares of the run")
-    add("--weight-decay", type=common.number(float, 0), help="of all but norms and biases")
+    add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
+    add("--drops", type=common.bounded(float, 0, 1), nargs="+", help="when the learning rate falls to a tenth, in shares of the run")
+    add("--weight-decay", type=common.bounded(float, 0), help="of all but norms and biases")
     add("--eval-every", type=count, help="epochs between APs (default: at the end alone)")
     args = parser.parse(lambda args: {"lr": 0.01} if args.model in ("retinanet", "fcos") else {})
     if args.size[0] > args.size[1]:
@@ -182,8 +182,8 @@ def main():
     args = arguments()
     masks, keypoints = args.model == "maskrcnn", args.model == "keypointrcnn"
     needs = {"maskrcnn": "segmentation", "keypointrcnn": "keypoints"}.get(args.model)
-    source = coco.Annotated(*args.train, training=True, needs=needs)
-    val = coco.Annotated(*args.val, training=False, needs=needs) if args.val else None
+    source = coco.CocoFolder(*args.train, training=True, needs=needs)
+    val = coco.CocoFolder(*args.val, training=False, needs=needs) if args.val else None
     truth = coco.ground_truth(args.val[1], val) if val and common.rank() == 0 else None
     if val and val.classes != source.classes:
         here, there = source.classes.items(), val.classes.items()
@@ -191,20 +191,20 @@ def main():
     if keypoints and not source.keypoints:
         common.fail(f"{args.train[1]}: no category has `keypoints`")
     tensors, _ = convert.initial(args, ("backbone", "fpn", "head"))
-    common.seed_device(args.seed)
+    common.seed_everything(args.seed)
     detector = build(args.model, args.arch, len(source.classes), len(source.keypoints), args.head, args.size, args.rois)
     filled, new = fill(detector, tensors, args.model, args.head)
     layout = torch.contiguous_format if keypoints else torch.channels_last  # torchvision's keypoint loss knows no other
-    model = Trainee(detector, args.freeze).to(device, memory_format=layout).train()
+    model = DetectorWithLosses(detector, args.freeze).to(device, memory_format=layout).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD([{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
                                  {"params": [p for p in trained if p.ndim <= 1]}], lr=0.0, momentum=0.9)
     run = common.Run(args, source, "detect", detector, optimizer)
     if common.rank() == 0 and run.step == 0:
         print(f"filled: {filled}; new: {new}")
-    views = partial(coco.example, source=source, masks=masks, keypoints=keypoints, flip=True)
-    batches = run.batches(views, device, common.lists)
-    ddp = common.parallel(model, device)
+    views = partial(coco.image_and_targets, source=source, masks=masks, keypoints=keypoints, flip=True)
+    batches = run.batches(views, device, common.collate_lists)
+    ddp = common.wrap_ddp(model, device)
 
     def judge():
         run.write(evaluate(detector, val, truth, args, device))
@@ -212,7 +212,7 @@ def main():
         run.restart_clock()
 
     for batch in batches:
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch), args.drops)
         for group in optimizer.param_groups:

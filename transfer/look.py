@@ -1,7 +1,7 @@
 """The papers' pictures, of any checkpoints and any folder of images; without --data of the shapes that the demos draw.
 
     python transfer/look.py attention --init runs/detco/last.pt runs/moco/last.pt    where c5 is active: DetCo, Figures 5, 6
-    python transfer/look.py neighbours --init runs/detco/last.pt --data DIR          the nearest images: DetCo, Figure 7
+    python transfer/look.py neighbors --init runs/detco/last.pt --data DIR          the nearest images: DetCo, Figure 7
     python transfer/look.py patches --init runs/dupr/last.pt runs/moco/last.pt       patches found again: DUPR, Figure 7
     python transfer/look.py iou --init runs/dupr/last.pt runs/moco/last.pt           do features tell places: DUPR, Figure 6
     python transfer/look.py proposals --data DIR --proposals boxes.npz               SoCo, Figures 2, 3, and its views
@@ -35,7 +35,7 @@ from transfer import convert  # noqa: E402
 from transfer.page import SIDE, boxed, chart, lay, picture, table, titled  # noqa: E402
 
 HEAT = ["#00007f", "#0040ff", "#00d0d0", "#ffe000", "#e00000"]                       # of attention, from 0 to 1
-COLOURS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]  # of masks
+COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]  # of masks
 
 
 # --- Networks and images ---------------------------------------------------------------------------------------------
@@ -85,18 +85,18 @@ def workers(args, device):
     return common.cores() if device.type == "cuda" and args.data else 0                   # on a CPU the network needs the cores
 
 
-def square(photo, rng, size, middle=False):
+def square(image, rng, size, middle=False):
     """The whole image made square, as SoCo's V1, or its middle, which kNN takes."""
-    crop = common.center_crop(photo.size) if middle else (0, 0, *photo.size)
-    return {"view": common.to_tensor(photo.cut([crop], [size])[0])}
+    crop = common.center_crop(image.size) if middle else (0, 0, *image.size)
+    return {"view": common.to_tensor(image.crop([crop], [size])[0])}
 
 
 def open_proposals(args, source, device):
-    """proposals(photo, rng) -> [n, 4] xyxy pixels of the image."""
+    """proposals(image, rng) -> [n, 4] xyxy pixels of the image."""
     kind = args.proposals or ("truth" if args.data is None else args.otherwise)
     if kind == "search":
         common.need_opencv("--proposals search", "--proposals random")
-        return lambda photo, rng: soco.filter_proposals(soco.selective_search(photo), photo.size)
+        return lambda image, rng: soco.filter_proposals(soco.selective_search(image), image.size)
     if kind in ("random", "truth"):
         return soco.open_proposals(argparse.Namespace(proposals=kind), source, device)[0]
     return soco.read_proposals(kind, source)
@@ -132,22 +132,22 @@ def attention(args, device):
     return table(columns)
 
 
-# --- Nearest neighbours (DetCo, Sec. 6.3.2) --------------------------------------------------------------------------
+# --- Nearest neighbors (DetCo, Sec. 6.3.2) --------------------------------------------------------------------------
 
 def nearest(rows, queries, k):
-    """The k rows of [N, C], L2-normalised, most similar to each of those numbered `queries`, itself left out: [Q, k]."""
+    """The k rows of [N, C], L2-normalized, most similar to each of those numbered `queries`, itself left out: [Q, k]."""
     similarity = rows[queries] @ rows.T
     similarity[torch.arange(len(queries)), queries] = -2
     return similarity.topk(min(k, len(rows) - 1)).indices
 
 
-def neighbours(args, device):
+def neighbors(args, device):
     nets = networks(args, device)
     source = open_images(args, single=True)
     if len(source) < 2:
-        common.fail("one image has no neighbours")
+        common.fail("one image has no neighbors")
     queries = pick(args, source)
-    classes = [os.path.dirname(source.name(i)) if args.data else i % len(common.KINDS) for i in range(len(source))]
+    classes = [os.path.dirname(source.name(i)) if args.data else i % len(common.SHAPE_CLASSES) for i in range(len(source))]
 
     def block(query, name, near):
         row = [query, *near]
@@ -158,7 +158,7 @@ def neighbours(args, device):
 
     found = []
     for network in nets.values():
-        batches = common.features(network, source, range(len(source)), args.size, device, workers(args, device), args.stage)
+        batches = common.extract_features(network, source, range(len(source)), args.size, device, workers(args, device), args.stage)
         rows = torch.cat([rows for _, rows in batches])                                   # [N, C]
         found.append(nearest(rows, torch.from_numpy(queries).to(device), args.k).tolist())
     names = [f"{name}, c{args.stage}" for name in nets]
@@ -207,13 +207,13 @@ def patches(args, device):
     shared = (torch.minimum(*areas) * batch["overlap"]).view(8, -1)
     draw = shared.clamp(max=0.25).argmax(dim=0)                                           # the first that shares a quarter
     batch = {name: x[draw * len(images) + torch.arange(len(images), device=device)] for name, x in batch.items()}
-    common.seed_device(args.seed)
-    views = [(common.denormalised(dupr.photometric().to(device)(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
+    common.seed_everything(args.seed)
+    views = [(common.denormalize(dupr.color_augmentation().to(device)(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
     columns, scale = {}, SIDE / args.size
     for name, network in nets.items():
         c_q, c_k = (stage(network, x, args.stage) for x in views)
         grid = torch.arange(c_q.shape[-1], device=device)
-        points = (torch.cartesian_prod(grid, grid).flip(1) + 0.5) * stride                # centres, x and y: [P, 2]
+        points = (torch.cartesian_prod(grid, grid).flip(1) + 0.5) * stride                # centers, x and y: [P, 2]
         places = points[matches(c_q, c_k)]                                                # [N, P, 2]
         truth, seen = counterparts(points, batch["box_q"], batch["box_k"], batch["flip_q"] ^ batch["flip_k"])
         seen &= batch["overlap"][:, None]
@@ -233,23 +233,23 @@ def rois_near(box, size, n, rng):
     """n boxes in a view of `size`, their IoU with `box` spread over 0 to 1 as evenly as its place allows -> boxes [n, 4], IoUs
     [n], rising."""
     reach = rng.uniform(0, 1, (4000, 1))
-    centre, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
-    centre = centre + reach * rng.normal(0, 0.7, (4000, 2)) * side
+    center, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    center = center + reach * rng.normal(0, 0.7, (4000, 2)) * side
     side = side * np.exp(reach * rng.normal(0, 0.5, (4000, 2)))
-    boxes = np.concatenate([centre - side / 2, centre + side / 2], axis=1).clip(0, size)
+    boxes = np.concatenate([center - side / 2, center + side / 2], axis=1).clip(0, size)
     boxes = np.concatenate([boxes[(boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= size / 28], box[None]])  # 8 pixels of 224
     iou = box_iou(torch.from_numpy(box[None]), torch.from_numpy(boxes))[0].numpy()
     closest = abs(iou - np.linspace(0, 1, n)[:, None]).argmin(axis=1)
     return boxes[closest], iou[closest]
 
 
-def object_and_rois(photo, rng, proposals, size, n=20):
+def object_and_rois(image, rng, proposals, size, n=20):
     """The image made square, one of its boxes and n RoIs near it [1 + n, 4] in pixels of the view, and their IoU [n]."""
-    boxes = np.asarray(proposals(photo, rng), float)
-    image = np.array([0, 0, *photo.size], float)
-    box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else image, image, size).clip(0, size)
+    boxes = np.asarray(proposals(image, rng), float)
+    frame = np.array([0, 0, *image.size], float)
+    box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else frame, frame, size).clip(0, size)
     rois, iou = rois_near(box, size, n, rng)
-    return {**square(photo, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(), "iou": torch.from_numpy(iou)}
+    return {**square(image, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(), "iou": torch.from_numpy(iou)}
 
 
 def similarity(c, boxes, stride):
@@ -281,13 +281,13 @@ def iou(args, device):
 
 # --- Proposals and views (SoCo, Figures 2, 3) ------------------------------------------------------------------------
 
-def proposed(photo, rng, proposals, sizes, num_proposals):
+def proposed(image, rng, proposals, sizes, num_proposals):
     """The image made square with ten of its proposals, [10, 4] in its pixels, all 0 where there are fewer; and SoCo's views."""
-    boxes = np.asarray(proposals(photo, rng), float)
-    some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *photo.size], float), sizes[0]).clip(0, sizes[0])
+    boxes = np.asarray(proposals(image, rng), float)
+    some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), sizes[0]).clip(0, sizes[0])
     ten = torch.from_numpy(np.pad(some, ((0, 10 - len(some)), (0, 0))))
-    views = soco.object_views(photo, rng, lambda *_: boxes, sizes, num_proposals, jitter_p=soco.PAPER["jitter"])
-    return {**square(photo, rng, sizes[0]), "ten": ten, **views}
+    views = soco.object_views(image, rng, lambda *_: boxes, sizes, num_proposals, jitter_p=soco.PAPER["jitter"])
+    return {**square(image, rng, sizes[0]), "ten": ten, **views}
 
 
 def proposals(args, device):
@@ -297,9 +297,9 @@ def proposals(args, device):
     batch, inks = load(args, source, view, pick(args, source), device), soco.COLORS * args.num_proposals
     columns = {"proposals": [boxed(picture(x), ten[ten[:, 2] > 0] * (SIDE / size), inks + soco.COLORS)
                              for x, ten in zip(batch["view"], batch["ten"])]}
-    common.seed_device(args.seed)
+    common.seed_everything(args.seed)
     for i, side in enumerate(sizes, start=1):
-        views = common.denormalised(soco.photometric(i, size).to(device)(batch[f"view{i}"]))
+        views = common.denormalize(soco.color_augmentation(i, size).to(device)(batch[f"view{i}"]))
         boxes = batch[f"boxes{i}"]
         levels = [[f"P{2 + level}" for level in row] for row in soco.assign_levels(boxes, size)]
         columns[f"V{i}"] = [boxed(picture(x, SIDE * side // size), b * (SIDE / size), inks, labels)
@@ -318,10 +318,10 @@ def proposals(args, device):
 # --- Masks (DetCon, Figure 3) ----------------------------------------------------------------------------------------
 
 def open_masks(kind, args, source):
-    """masks(photo), as detcon.py's, of gridN, fh, truth or a folder; no file is made."""
+    """masks(image), as detcon.py's, of gridN, fh, truth or a folder; no file is made."""
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
-        return lambda photo: detcon.felzenszwalb(photo, detcon.PAPER["fh_scale"])
+        return lambda image: detcon.felzenszwalb(image, detcon.PAPER["fh_scale"])
     if not re.fullmatch(r"grid([1-9]|1[0-6])|truth", kind) and not Path(kind).is_dir():
         common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
     return detcon.open_masks(argparse.Namespace(masks=kind), source, None)[0]
@@ -331,10 +331,10 @@ def masks(args, device):
     source = open_images(args)
     made = {kind: open_masks(kind, args, source) for kind in args.masks or ["grid5", "fh"] + ["truth"] * (args.data is None)}
 
-    def view(photo, rng):
-        batch = square(photo, rng, SIDE)
+    def view(image, rng):
+        batch = square(image, rng, SIDE)
         for kind, masks_of in made.items():
-            x = detcon.cut(masks_of(photo), (0, 0, *photo.size), photo.size, SIDE)
+            x = detcon.crop_labels(masks_of(image), (0, 0, *image.size), image.size, SIDE)
             x = x if x.ndim == 2 else x[..., 0]                                           # the first scale of three
             members = [x >> k & 1 > 0 for k in range(16)] if x.dtype == np.uint16 else [x == k for k in range(256)]
             batch[kind] = torch.from_numpy(np.stack(members))
@@ -344,7 +344,7 @@ def masks(args, device):
     columns = {"image": [picture(x) for x in batch["view"]]}
     for kind in made:
         present = [mask[mask.flatten(1).any(dim=1)] for mask in batch[kind]]
-        columns[kind] = [picture(draw_segmentation_masks(x, mask, 0.6, COLOURS[:len(mask)]))
+        columns[kind] = [picture(draw_segmentation_masks(x, mask, 0.6, COLORS[:len(mask)]))
                          for x, mask in zip(batch["view"], present)]
     return table(columns)
 
@@ -377,30 +377,31 @@ class Parser(argparse.ArgumentParser):
 
 def arguments():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands, count = parser.add_subparsers(required=True, metavar="PICTURE"), common.number(int, 1)
+    commands, count = parser.add_subparsers(required=True, metavar="PICTURE"), common.bounded(int, 1)
 
-    def command(draw, text, images=4, looks=None, **settings):
-        own = commands.add_parser(draw.__name__, help=text, description=text)
+    def command(draw, text, images=4, looks=None, aliases=(), **settings):
+        own = commands.add_parser(draw.__name__, aliases=aliases, help=text, description=text)
         own.set_defaults(draw=draw, **settings)
         add = own.add_argument
         add("--out", default=f"{draw.__name__}.png", help="the picture, .png or .jpg (default: %(default)s)")
         if images:
             add("--data", metavar="DIR", help="images; DIR/train if there (default: drawn shapes)")
             add("--images", type=count, default=images, help="how many, drawn at random (default: %(default)s)")
-            add("--seed", type=common.number(int, 0), default=0, help="of every random draw (default: 0)")
+            add("--seed", type=common.bounded(int, 0), default=0, help="of every random draw (default: 0)")
         if looks:
             add("--init", nargs="+", required=True, metavar="WHAT", help="files of weights, as classify.py's; random")
             add("--part", choices=convert.PARTS, default="online", help="which network (default: online)")
             add("--arch", help="of random (default: resnet50)")
             add("--stage", type=int, choices=[2, 3, 4, 5], default=looks, help="c2 to c5 (default: %(default)s)")
-            add("--size", type=common.number(int, 32), help=f"of a view (default: {settings['times']} x that in training)")
+            add("--size", type=common.bounded(int, 32), help=f"of a view (default: {settings['times']} x that in training)")
         return add
 
     command(attention, "where a stage is active: the mean of its channels", looks=5, times=2, shapes=64)
-    add = command(neighbours, "the images with the most similar features; green: same folder", looks=5, times=1, shapes=1200)
-    add("-k", type=count, default=9, help="neighbours of each (default: 9)")
+    add = command(neighbors, "the images with the most similar features; green: same folder", looks=5, times=1,
+                  shapes=1200, aliases=["neighbours"])
+    add("-k", type=count, default=9, help="neighbors of each (default: 9)")
     add = command(patches, "for a patch of a view the most similar of another; green: same place", looks=4, times=2, shapes=64)
-    add("--min-area", type=common.number(float, 1e-3, 1), default=0.2, help="least share of the image in a view (default: 0.2)")
+    add("--min-area", type=common.bounded(float, 1e-3, 1), default=0.2, help="least share of the image in a view (default: 0.2)")
     add = command(iou, "how similar an object and RoIs near it are, by their IoU", images=1000, looks=4, times=1, shapes=1000,
                   otherwise="random")
     add("--proposals", metavar="FILE.npz|search|random", help="the objects (default: random; shapes: their own boxes)")
@@ -408,7 +409,7 @@ def arguments():
     add("--proposals", metavar="FILE.npz|search|random", help="as soco.py's; of a file also number and sizes (default: search)")
     add("--views", type=int, choices=[2, 3, 4], default=3, help="(default: 3)")
     add("--num-proposals", type=count, default=4, help="boxes of a view (default: 4)")
-    add("--size", type=common.number(int, 32), default=SIDE, help="side of V1 in pixels (default: %(default)s)")
+    add("--size", type=common.bounded(int, 32), default=SIDE, help="side of V1 in pixels (default: %(default)s)")
     add = command(masks, "DetCon's masks", shapes=64, size=SIDE)
     add("--masks", nargs="+", metavar="gridN|fh|DIR", help="as detcon.py's, a column each (default: grid5 fh)")
     add = command(curves, "what log.jsonl holds, a chart a stat", images=0)

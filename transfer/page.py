@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SIDE = 256                                                                           # of a picture on the page, in pixels
 CHART, FRAME = (520, 350), (64, 58, 504, 304)                                        # of a chart; of its axes, xyxy in it
-INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # of lines, for the colour-blind too
+INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # of lines, for the color-blind too
 
 
 def picture(x, side=SIDE):
@@ -38,14 +38,14 @@ def table(columns):
     return lay([lay(map(titled, rows[0], columns)), *map(lay, rows[1:])], down=True)
 
 
-def boxed(image, boxes, colours, labels=()):
+def boxed(image, boxes, colors, labels=()):
     """A picture with boxes [n, 4], in its pixels, and their labels."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for box, colour in zip(boxes.tolist(), colours):
-        pen.rectangle([*map(round, box)], outline=colour, width=3)
-    for (x, y, _, _), colour, label in zip(boxes.tolist(), colours, labels):
+    for box, color in zip(boxes.tolist(), colors):
+        pen.rectangle([*map(round, box)], outline=color, width=3)
+    for (x, y, _, _), color, label in zip(boxes.tolist(), colors, labels):
         place = pen.textbbox((x + 4, y + 3), label, font)
-        pen.rectangle([place[0] - 3, place[1] - 2, place[2] + 2, place[3] + 2], fill=colour)
+        pen.rectangle([place[0] - 3, place[1] - 2, place[2] + 2, place[3] + 2], fill=color)
         pen.text((x + 4, y + 3), label, "black", font)
     return image
 
@@ -71,10 +71,10 @@ def chart(title, lines, below):
     at_x = lambda x: left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
     at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
     for x in xs:
-        line([(at_x(x), bottom), (at_x(x), bottom + 4)], "grey", 2)
+        line([(at_x(x), bottom), (at_x(x), bottom + 4)], "gray", 2)
         text(at_x(x), bottom + 7, f"{x:.6g}", "ma")
     for y in ys:
-        line([(left, at_y(y)), (right, at_y(y))], "grey" if y == ys[0] else "#dddddd", 2)
+        line([(left, at_y(y)), (right, at_y(y))], "gray" if y == ys[0] else "#dddddd", 2)
         text(left - 6, at_y(y), f"{y:.6g}", "rm")
     text(left, 10, title, "la")
     text((left + right) / 2, bottom + 25, below, "ma")
@@ -102,7 +102,7 @@ def bars(title, values, order):
     ys = ticks([0, *(mean + spread for mean, spread in values.values())])
     at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
     for y in ys:
-        pen.line([2 * left, 2 * at_y(y), 2 * right, 2 * at_y(y)], "grey" if y == 0 else "#dddddd", 2)
+        pen.line([2 * left, 2 * at_y(y), 2 * right, 2 * at_y(y)], "gray" if y == 0 else "#dddddd", 2)
         text(left - 6, at_y(y), f"{y:.6g}", "rm")
     text(left, 10, title, "la")
     step = (right - left) / len(values)

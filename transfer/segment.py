@@ -34,7 +34,7 @@ IGNORE = 255
 # Cityscapes' 34 labels -> the 19 that count; its files *_labelTrainIds.png have these already.
 TRAIN_IDS = np.full(256, IGNORE, np.uint8)
 TRAIN_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
-GREY = tuple(round(255 * x) for x in common.MEAN)                # 0 once normalised
+GRAY = tuple(round(255 * x) for x in common.MEAN)                # 0 once normalized
 
 
 # --- Images and their label maps -------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def layout(root):
     return ("cityscapes", 19) if Path(root, "leftImg8bit").is_dir() else ("plain", None)
 
 
-class Labelled(common.ImageFolder):
+class LabelMapFolder(common.ImageFolder):
     """The images of a split, train or val, and where their label maps lie. Exits with 2 where one has none."""
 
     def __init__(self, root, split, classes):
@@ -86,17 +86,17 @@ class Labelled(common.ImageFolder):
             stem = f"{stem.removesuffix('_leftImg8bit')}_gtFine_label{'Ids' if self.ids else 'TrainIds'}"
         return self.maps / f"{stem}.png"
 
-    def label(self, photo):
-        """The label map of a photo, uint8 [H, W]."""
-        path = self.path(photo.index)
+    def label(self, image):
+        """The label map of an image, uint8 [H, W]."""
+        path = self.path(image.index)
         try:
             with common.decoding():
                 label = np.asarray(common.open_image(path))
         except common.Unreadable as error:
             raise BadLabel(f"{path} cannot be decoded ({error})") from error
-        if label.shape != photo.size[::-1]:
-            raise BadLabel(f"{path} is {' x '.join(map(str, label.shape))}, rows by columns, and must be one grey or palette "
-                           f"channel of {photo.size[1]} x {photo.size[0]} like its image")
+        if label.shape != image.size[::-1]:
+            raise BadLabel(f"{path} is {' x '.join(map(str, label.shape))}, rows by columns, and must be one gray or palette "
+                           f"channel of {image.size[1]} x {image.size[0]} like its image")
         if self.ids:
             label = TRAIN_IDS[label]
         wrong = label[(label >= self.classes) & (label != IGNORE)]
@@ -105,31 +105,31 @@ class Labelled(common.ImageFolder):
                            f"{IGNORE} for what is to be ignored")
         return label.astype(np.uint8)
 
-    def identity(self):
-        return {**super().identity(), "layout": self.layout}
+    def fingerprint(self):
+        return {**super().fingerprint(), "layout": self.layout}
 
 
-def crop(photo, rng, size, source):
+def random_crop(image, rng, size, source):
     """Training's view (A.5): scaled by 0.5 to 2, cut to size x size at random, mirrored half of the time: image uint8
-    [3, size, size], label uint8 [size, size]; what lies beyond the image is grey and ignored."""
-    label = Image.fromarray(source.label(photo))
+    [3, size, size], label uint8 [size, size]; what lies beyond the image is gray and ignored."""
+    label = Image.fromarray(source.label(image))
     scale = rng.uniform(0.5, 2.0)
-    sides = [max(1, round(side * scale)) for side in photo.size]              # of the scaled image
+    sides = [max(1, round(side * scale)) for side in image.size]              # of the scaled image
     seen = [min(side, size) for side in sides]
     corner = [int(rng.integers(side - part + 1)) for side, part in zip(sides, seen)]
-    ratio = [full / side for full, side in zip(photo.size, sides)]
+    ratio = [full / side for full, side in zip(image.size, sides)]
     box = [c * r for c, r in zip(corner, ratio)] + [
-        min((c + s) * r, full) for c, s, r, full in zip(corner, seen, ratio, photo.size)]
-    image, cut = Image.new("RGB", (size, size), GREY), Image.new("L", (size, size), IGNORE)
-    image.paste(photo.decode().resize(seen, Image.Resampling.BILINEAR, box))
-    cut.paste(label.resize(seen, Image.Resampling.NEAREST, box))
-    views = {"image": common.to_tensor(image), "label": torch.from_numpy(np.array(cut))}
+        min((c + s) * r, full) for c, s, r, full in zip(corner, seen, ratio, image.size)]
+    view, view_label = Image.new("RGB", (size, size), GRAY), Image.new("L", (size, size), IGNORE)
+    view.paste(image.decode().resize(seen, Image.Resampling.BILINEAR, box))
+    view_label.paste(label.resize(seen, Image.Resampling.NEAREST, box))
+    views = {"image": common.to_tensor(view), "label": torch.from_numpy(np.array(view_label))}
     return {name: x.flip(-1) for name, x in views.items()} if rng.random() < 0.5 else views
 
 
-def entire(photo, rng, source):
+def entire(image, rng, source):
     """A test's: image uint8 [3, H, W] and label uint8 [H, W] as they are."""
-    return {"image": common.to_tensor(photo.decode()), "label": torch.from_numpy(source.label(photo)), "at": photo.index}
+    return {"image": common.to_tensor(image.decode()), "label": torch.from_numpy(source.label(image)), "at": image.index}
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -150,16 +150,16 @@ class FCN(nn.Module):
     def __init__(self, backbone, classes):
         super().__init__()
         dilate(backbone)
-        self.backbone, self.normalise = backbone, common.Photometric()
+        self.backbone, self.normalize = backbone, common.Photometric()
         layer = partial(Conv2dNormActivation, out_channels=256, kernel_size=3, dilation=6, norm_layer=common.SyncBatchNorm)
         self.head = nn.Sequential(layer(backbone.channels[-1]), layer(256), nn.Conv2d(256, classes, 1))
 
     def forward(self, image):
         """[N, 3, H, W] uint8 -> scores of every pixel [N, classes, H, W], float32."""
         height, width = image.shape[2:]
-        # Feature (i, j) is centred on pixel (16 i, 16 j). In an image of 16 n + 1 pixels, as 513 and 769 are, n + 1 features reach
+        # Feature (i, j) is centered on pixel (16 i, 16 j). In an image of 16 n + 1 pixels, as 513 and 769 are, n + 1 features reach
         # from the first pixel to the last, and corners aligned means that every score stands where it belongs.
-        x = F.pad(self.normalise(image), (0, (1 - width) % 16, 0, (1 - height) % 16))
+        x = F.pad(self.normalize(image), (0, (1 - width) % 16, 0, (1 - height) % 16))
         scores = self.head(self.backbone(x)[-1])                                  # [N, classes, 1 + H/16, 1 + W/16]
         scores = F.interpolate(scores.float(), x.shape[2:], mode="bilinear", align_corners=True)
         return scores[..., :height, :width]
@@ -215,10 +215,10 @@ def evaluate(model, source, args, device):
 
 
 def paint(label):
-    """Label maps [N, H, W] as pictures [N, 3, H, W] in [0, 1]: a colour a class, black for 0, white for what is ignored."""
+    """Label maps [N, H, W] as pictures [N, 3, H, W] in [0, 1]: a color a class, black for 0, white for what is ignored."""
     turns = label[:, None].float() * 0.618 + torch.tensor([0, 1 / 3, 2 / 3], device=label.device).view(3, 1, 1)
-    colours = (0.55 + 0.45 * torch.cos(2 * math.pi * turns)) * (label != 0)[:, None]
-    return torch.where((label == IGNORE)[:, None], 1.0, colours)
+    colors = (0.55 + 0.45 * torch.cos(2 * math.pi * turns)) * (label != 0)[:, None]
+    return torch.where((label == IGNORE)[:, None], 1.0, colors)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -227,13 +227,13 @@ def arguments():
     parser = common.Parser(__doc__, DEFAULTS)
     convert.add_init(parser)
     add = parser.own.add_argument
-    count = common.number(int, 1)
+    count = common.bounded(int, 1)
     add("--data", metavar="DIR", required=True, help="VOC2012, cityscapes, or train/ and val/ with images/ and labels/ in each")
-    add("--classes", type=common.number(int, 2, 255), help="how many the label maps tell apart (default: 21 of VOC, 19 of Cityscapes)")
-    add("--size", type=common.number(int, 33), help="side of a crop in training, best 16 n + 1 pixels; 769 on Cityscapes")
+    add("--classes", type=common.bounded(int, 2, 255), help="how many the label maps tell apart (default: 21 of VOC, 19 of Cityscapes)")
+    add("--size", type=common.bounded(int, 33), help="side of a crop in training, best 16 n + 1 pixels; 769 on Cityscapes")
     add("--iterations", type=count, help="steps of the whole run, if no --epochs are given; 90000 on Cityscapes")
-    add("--weight-decay", type=common.number(float, 0), help="of all parameters")
-    add("--drops", type=common.number(float, 0, 1), nargs="+", help="when the learning rate falls to a tenth, in shares of the run")
+    add("--weight-decay", type=common.bounded(float, 0), help="of all parameters")
+    add("--drops", type=common.bounded(float, 0, 1), nargs="+", help="when the learning rate falls to a tenth, in shares of the run")
     add("--eval-every", type=count, help="epochs between mIoUs (default: at the end alone)")
     args = parser.parse(lambda args: CITYSCAPES if layout(args.data)[0] == "cityscapes" else {})
     args.classes = args.classes or layout(args.data)[1]
@@ -245,25 +245,25 @@ def arguments():
 def train():
     device = common.init_distributed()
     args = arguments()
-    source, val = (Labelled(args.data, split, args.classes) for split in ("train", "val"))
+    source, val = (LabelMapFolder(args.data, split, args.classes) for split in ("train", "val"))
     for i in range(common.rank(), len(val), common.world_size()):  # a wrong map is an error now, not after the training
         with contextlib.suppress(common.Unreadable):
-            val.label(val.photo(i))
+            val.label(val.image(i))
     steps = max(1, len(source) // args.batch_size)
     args.iterations = args.epochs * steps if args.epochs else args.iterations
     args.epochs = math.ceil(args.iterations / steps)
-    common.seed_device(args.seed)
+    common.seed_everything(args.seed)
     model = FCN(convert.backbone(args, common.SyncBatchNorm), args.classes).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = common.Run(args, source, "segment", model, optimizer)
     run.total, run.last = args.iterations, min(args.iterations, args.max_steps or args.iterations)
-    batches = run.batches(partial(crop, size=args.size, source=source), device)
-    ddp = common.parallel(model, device)
+    batches = run.batches(partial(random_crop, size=args.size, source=source), device)
+    ddp = common.wrap_ddp(model, device)
 
     for batch in batches:
         if run.step == 0:
             common.save_views(Path(args.out, "views.png"), batch["image"][:8] / 255, paint(batch["label"][:8]))
-        common.seed_device(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())
         lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total, drops=args.drops)
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
