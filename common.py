@@ -182,7 +182,7 @@ def init_distributed():
         torch.set_float32_matmul_precision("high")  # TF32, but where `exact_products` forbids it
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=timedelta(hours=1),  # while process 0 alone judges what all have found
+                                timeout=timedelta(hours=1),  # while process 0 alone evaluates what all have found
                                 **rendezvous())
     stop.listen()  # now: a process that waits for the others runs no handler of Python's, and SIGTERM has to end it
     return device

@@ -98,7 +98,7 @@ def result(out):
     return weights(out), without_speed(rows(out))
 
 
-def judged(out, log, code, reference):
+def verdict(out, log, code, reference):
     """What is wrong with a run that has ended, or "good"."""
     if code != 0:
         return f"exit code {code}"
@@ -141,7 +141,7 @@ def disturbed(count, rng, numbers):
                 break
         else:
             codes.append(end(fork(f"{out}.log", script, name, argv)))
-        yield f"{name} {codes}", judged(out, f"{out}.log", codes[-1], reference)
+        yield f"{name} {codes}", verdict(out, f"{out}.log", codes[-1], reference)
 
 
 def kills(count, rng):
@@ -183,7 +183,7 @@ def restarts(count, rng):
         if victims:
             os.kill(rng.choice(victims), signal.SIGKILL)
         codes = [end(pid) for pid in agents]
-        what = judged(out, f"{out}-0.log", max(codes, key=lambda code: code != 0), reference)
+        what = verdict(out, f"{out}-0.log", max(codes, key=lambda code: code != 0), reference)
         yield f"{nodes} nodes {codes}", "good" if what == "a traceback" else what  # the agent's, of the one it lost
 
 

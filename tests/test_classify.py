@@ -32,7 +32,7 @@ def tiny_backbone():
 
 @pytest.fixture
 def blobs():
-    """Rows of four classes that overlap: (x, class) to learn from and to judge by."""
+    """Rows of four classes that overlap: (x, class) to learn from and to evaluate on."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(4, 20, generator=generator)
     label = torch.arange(900) % 4
@@ -143,9 +143,9 @@ def test_accuracy_is_scikit_learns_and_cost_the_best_of_its_cross_validation(blo
     truth = [2 * torch.nn.functional.one_hot(t, 4) - 1 for t in (label, label_val)]
     figures = classify.svm(x, truth[0], x_val, truth[1], single=True)
     svc = lambda cost: [LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-7, max_iter=10000) for _ in range(4)]
-    def accuracy(cost, fit, judge, x_judge, label_judge):
-        scores = [m.fit(x[fit], (label[fit] == k) * 2 - 1).decision_function(x_judge[judge]) for k, m in enumerate(svc(cost))]
-        return (np.argmax(scores, axis=0) == label_judge[judge].numpy()).mean()
+    def accuracy(cost, fit, held, x_held, label_held):
+        scores = [m.fit(x[fit], (label[fit] == k) * 2 - 1).decision_function(x_held[held]) for k, m in enumerate(svc(cost))]
+        return (np.argmax(scores, axis=0) == label_held[held].numpy()).mean()
     fold = np.arange(600) % 3
     crossed = {cost: np.mean([accuracy(cost, fold != f, fold == f, x, label) for f in range(3)]) for cost in classify.COSTS}
     assert crossed[figures["cost"]] >= max(crossed.values()) - 0.004

@@ -53,7 +53,7 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
         assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 64, 6, 64)
 
 
-def test_weights_that_exist_are_judged_without_pre_training(data, tmp_path, monkeypatch, capsys):
+def test_weights_that_exist_are_evaluated_without_pre_training(data, tmp_path, monkeypatch, capsys):
     path = tmp_path / "runs" / "last.pt"
     path.parent.mkdir()
     path.touch()

@@ -125,7 +125,7 @@ def test_every_tensor_of_a_checkpoint_lands_and_gives_the_same_features(checkpoi
 
 
 @pytest.mark.parametrize("model", list(detect.LOWEST))
-def test_every_detector_trains_and_is_judged(scenes, checkpoints, tmp_path, monkeypatch, capsys, model):
+def test_every_detector_trains_and_is_evaluated(scenes, checkpoints, tmp_path, monkeypatch, capsys, model):
     more = ["--head", "2fc"] if model == "keypointrcnn" else []
     init = checkpoints["soco"][0]
     assert run(monkeypatch, *arguments(scenes, tmp_path, "--model", model, "--epochs", 1, *more, init=init)) == 0
@@ -138,7 +138,7 @@ def test_every_detector_trains_and_is_judged(scenes, checkpoints, tmp_path, monk
 
 @pytest.fixture(scope="module")
 def learned(scenes, tmp_path_factory):
-    """The folder of an FCOS that has seen 12 scenes 40 times, and is judged on them."""
+    """The folder of an FCOS that has seen 12 scenes 40 times, and is evaluated on them."""
     out = tmp_path_factory.mktemp("learned")
     with pytest.MonkeyPatch.context() as monkeypatch:
         plan = arguments((scenes[0], scenes[0]), out, "--model", "fcos", "--epochs", 40, "--lr", 0.2, "--print-every", 30)
@@ -169,7 +169,7 @@ def test_two_processes_train_under_torchrun_and_one_goes_on(scenes, tmp_path, mo
     assert [row["step"] for row in log] == [1, 2, 3, 3, 4, 5, 6, 6] and "AP" in log[3] and "AP" in log[-1]
 
 
-def judged(folder, out):
+def evaluated(folder, out):
     detector = detect.build("fcos", ARCH, 12, size=(64, 64))
     detector.load_state_dict(weights(out))
     source = coco.CocoFolder(folder / "images", folder / "annotations.json", training=False)
@@ -178,7 +178,7 @@ def judged(folder, out):
 
 
 def test_two_processes_find_the_same_ap_as_one(scenes, learned):
-    one, (first, second) = judged(scenes[0], learned), in_processes(2, judged, scenes[0], learned)
+    one, (first, second) = evaluated(scenes[0], learned), in_processes(2, evaluated, scenes[0], learned)
     assert one == first and second == {} and one["AP50"] > 20
 
 
@@ -212,7 +212,7 @@ def test_without_a_single_object_to_find_ap_is_0(scenes, tmp_path, monkeypatch):
     assert rows(tmp_path / "out")[-1]["AP"] == 0
 
 
-def test_a_finished_run_is_judged_when_val_is_named_at_last(scenes, tmp_path, monkeypatch):
+def test_a_finished_run_is_evaluated_when_val_is_named_at_last(scenes, tmp_path, monkeypatch):
     plan = arguments(scenes, tmp_path, "--epochs", 1)
     at = plan.index("--val")
     assert run(monkeypatch, *plan[:at], *plan[at + 3:]) == 0 and "AP" not in rows(tmp_path)[-1]

@@ -61,7 +61,7 @@ class VOC2007(common.ImageFolder):
 
 
 def open_labeled(args):
-    """(images to learn from, images to judge by, the class of each image of both, or None for VOC, number of classes)."""
+    """(images to learn from, images to evaluate on, the class of each image of both, or None for VOC, number of classes)."""
     if Path(args.data, "ImageSets", "Main").is_dir():
         if args.protocol != "svm":
             common.fail(f"{args.data} is VOC's, whose images show several classes: take --protocol svm")
@@ -144,8 +144,8 @@ def evaluate(model, source, labels, args, device):
     return {"top1": top1 / count, "top5": top5 / count}
 
 
-def train(args, source, model, views, device, collate=None, judge=None):
-    """The loop of all that is trained here; judge() gives a row for the log after each epoch. Returns the run."""
+def train(args, source, model, views, device, collate=None, evaluate_epoch=None):
+    """The loop of all that is trained here; evaluate_epoch() gives a row for the log after each epoch. Returns the run."""
     model.to(device, memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -165,8 +165,8 @@ def train(args, source, model, views, device, collate=None, judge=None):
         run.step += 1
         if run.step % args.print_every == 0:
             run.log(loss, stats, lr)
-        if judge and run.step % run.steps_per_epoch == 0:
-            run.write(judge())
+        if evaluate_epoch and run.step % run.steps_per_epoch == 0:
+            run.write(evaluate_epoch())
             run.restart_clock()
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
@@ -178,7 +178,8 @@ def classify_images(args, backbone, device):
     source, val, labels, classes = open_labeled(args)
     model = Classifier(backbone, args.stage, classes, args.protocol == "linear")
     views = partial(labeled_view, size=args.size, labels=labels[0], augment=True)
-    run = train(args, source, model, views, device, judge=lambda: evaluate(model, val, labels[1], args, device))
+    run = train(args, source, model, views, device,
+                evaluate_epoch=lambda: evaluate(model, val, labels[1], args, device))
     tested = [row for row in run.rows() if "top1" in row] if common.rank() == 0 else []
     if tested:
         best, last = max(row["top1"] for row in tested), tested[-1]
@@ -252,7 +253,7 @@ def average_precision(scores, truth):
 
 
 def svm(x, y, x_val, y_val, single):
-    """One-vs-rest SVMs of features x [N, D] for y [N, K], judged on the others: {"mAP", "accuracy" where `single`, "cost"}.
+    """One-vs-rest SVMs of features x [N, D] for y [N, K], evaluated on the others: {"mAP", "accuracy" where `single`, "cost"}.
 
     The cost is chosen by 3-fold cross-validation: of each class by its AP, or where an image has a `single` class, of all by
     accuracy.
@@ -261,16 +262,16 @@ def svm(x, y, x_val, y_val, single):
     y, y_val = y.to(x.dtype), y_val.to(x.dtype)
     fold = torch.arange(len(y), device=x.device) % 3                                   # a class's images follow each other
     held = F.one_hot(fold, 3)[:, None]                                                 # [N, 1, 3]
-    fit, judge = ((y[:, :, None] * part).flatten(1) for part in (1 - held, held))      # [N, K * 3]
+    y_fit, y_held = ((y[:, :, None] * part).flatten(1) for part in (1 - held, held))   # [N, K * 3]
     w, quality = None, []
     for cost in COSTS:
-        w = linear_svm(x, fit, cost, w)
+        w = linear_svm(x, y_fit, cost, w)
         scores = x @ w
         if single:
             own = (scores.view(*y.shape, 3) * held).sum(dim=2)                         # by the SVMs that have not seen it
             quality.append((own.argmax(dim=1) == y.argmax(dim=1)).float().mean().expand(y.shape[1]))
         else:
-            quality.append(average_precision(scores, judge).view(-1, 3).nanmean(dim=1))
+            quality.append(average_precision(scores, y_held).view(-1, 3).nanmean(dim=1))
     cost = torch.tensor(COSTS, device=x.device)[torch.stack(quality).nan_to_num().argmax(dim=0)]   # [K]
     scores = x_val @ linear_svm(x, y, cost)
     figures = {"mAP": average_precision(scores, y_val).nanmean().item()}
@@ -282,7 +283,7 @@ def svm(x, y, x_val, y_val, single):
 # --- Objects ---------------------------------------------------------------------------------------------------------
 
 def open_objects(args):
-    """(images to learn from, images to judge by, number of classes): annotated ones, or drawn shapes."""
+    """(images to learn from, images to evaluate on, number of classes): annotated ones, or drawn shapes."""
     if not args.train:
         shapes = lambda part, k: common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all()
         return shapes("train", 1), shapes("val", 2), len(common.SHAPE_CLASSES)
@@ -367,7 +368,7 @@ def objects(args, device):
         scores = common.ridge(x[name], y, x_val[name])
         parts[name] = {"accuracy": (scores.argmax(dim=1) == y_val.argmax(dim=1)).float().mean().item(),
                        "mAP": average_precision(scores, 2 * y_val - 1).nanmean().item()}
-    table(args, f"{args.init}, {len(y)} boxes to learn from, {len(y_val)} to judge by, {classes} classes "
+    table(args, f"{args.init}, {len(y)} boxes to learn from, {len(y_val)} to evaluate on, {classes} classes "
                 f"({y_val.float().mean(dim=0).max():.1%} are of the most frequent)", parts)
 
 
@@ -394,11 +395,11 @@ def arguments():
     add("--data", metavar="DIR", help="train/ and val/ with a folder for each class; svm: or VOC2007")
     add("--train", nargs=2, metavar=("IMAGES", "JSON"),
         help="of objects: folder, and COCO annotations of images below it")
-    add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to judge by (default of both: drawn shapes)")
+    add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to evaluate on (default of both: drawn shapes)")
     add("--protocol", choices=["objects", "supervised", "linear", "svm", "knn", "finetune"],
-        help="how the features are judged")
+        help="how the features are evaluated")
     add("--size", type=common.bounded(int, 32), help="side of a view in pixels; 48 for the drawn shapes")
-    add("--boxes", type=common.bounded(int, 1), help="of objects: boxes to learn from, and to judge by, at most")
+    add("--boxes", type=common.bounded(int, 1), help="of objects: boxes to learn from, and to evaluate on, at most")
     add("--stage", type=int, choices=[2, 3, 4, 5], help="whose output is classified; svm and knn show all")
     add("--weight-decay", type=common.bounded(float, 0), help="1e-4 in finetune and supervised")
     add("--drops", type=common.bounded(float, 0, 1), nargs="+",
@@ -412,7 +413,7 @@ def arguments():
 
     args = parser.parse(variant)
     if args.protocol in OBJECTS and bool(args.train) != bool(args.val):
-        common.fail("--train and --val go together: images to learn from, and others to judge by")
+        common.fail("--train and --val go together: images to learn from, and others to evaluate on")
     if args.protocol not in OBJECTS and args.data is None:
         common.fail(f"--protocol {args.protocol} needs --data DIR")
     return args
@@ -431,7 +432,7 @@ def main():
         return common.finish()
     source, val, labels, classes = open_labeled(args)
     backbone.to(device, memory_format=torch.channels_last).eval()
-    title = f"{args.init}, {len(source)} images to learn from, {len(val)} to judge by, {classes} classes"
+    title = f"{args.init}, {len(source)} images to learn from, {len(val)} to evaluate on, {classes} classes"
     stages = {}
     for stage in (2, 3, 4, 5):
         if args.protocol == "knn":

@@ -152,7 +152,7 @@ def detections(output, image, classes):
 
 
 def average_precision(truth, rows, kinds):
-    """pycocotools' judgment of `rows`, in COCO's result format, against `ground_truth`: {"AP": in per cent, "AP50",
+    """pycocotools' evaluation of `rows`, in COCO's result format, against `ground_truth`: {"AP": in per cent, "AP50",
     "AP75", "mask_AP", ...}. kinds: bbox, segm, keypoints."""
     from pycocotools.cocoeval import COCOeval
     figures = {}
@@ -160,14 +160,14 @@ def average_precision(truth, rows, kinds):
         values = [0.0] * 3
         if rows:
             with contextlib.redirect_stdout(None):
-                judge = COCOeval(truth, truth.loadRes([dict(row) for row in rows]), kind)
+                evaluation = COCOeval(truth, truth.loadRes([dict(row) for row in rows]), kind)
                 points = len(rows[0].get("keypoints", ())) // 3
-                if kind == "keypoints" and points != len(judge.params.kpt_oks_sigmas):
-                    judge.params.kpt_oks_sigmas = np.full(points, 0.05)  # COCO's are those of a person's 17 keypoints
-                judge.evaluate()
-                judge.accumulate()
-                judge.summarize()
-            values = [max(0.0, 100 * float(x)) for x in judge.stats[:3]]
+                if kind == "keypoints" and points != len(evaluation.params.kpt_oks_sigmas):
+                    evaluation.params.kpt_oks_sigmas = np.full(points, 0.05)  # COCO's are those of a person's 17 keypoints
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+            values = [max(0.0, 100 * float(x)) for x in evaluation.stats[:3]]
         prefix = {"bbox": "", "segm": "mask_", "keypoints": "keypoint_"}[kind]
         figures |= {f"{prefix}{name}": round(x, 2) for name, x in zip(("AP", "AP50", "AP75"), values)}
     return figures

@@ -8,7 +8,7 @@
 
 Every network sees the same images equally often in views of the same size, with the settings that the method's demo
 takes for a short run, over several seeds. `random` is the untrained network; `supervised`, a ceiling, has learned from
-the labels of --train for as long. Each is judged by classify.py's objects (and by knn, with --knn), and by the AP of
+the labels of --train for as long. Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of
 detect.py after fine-tuning on a tenth of the labels and on all of them. Writes table.md, chart.png and what the scripts
 write to --out; the same command again goes on where it stopped. GPUs work together on one network, a CPU's cores on a
 network each.
@@ -99,9 +99,9 @@ def script(name, *flags, several=True):
 def tasks(args, method, seed):
     """[(kind, command, the file that it leaves)] for one network, in order."""
     out, size = args.out / f"{method}-{seed}", args.size
-    judged = ["--size", size, "--seed", seed]
+    common_flags = ["--size", size, "--seed", seed]
     source, checkpoint = ["--train", *args.train, "--val", *args.val], ["--init", out / "last.pt"]
-    shared = ["--arch", args.arch, "--save-every", 100, *judged, "--out", out, "--batch-size"]
+    shared = ["--arch", args.arch, "--save-every", 100, *common_flags, "--out", out, "--batch-size"]
     todo = []
     if method == "supervised":
         images = args.labels[1, seed][1]
@@ -119,7 +119,7 @@ def tasks(args, method, seed):
         command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, *demo, *shared, args.batch_size,
                          *added)
         todo.append(("pre-training", command, out / "last.pt"))
-    probe = [*checkpoint, *judged, "--out", out, "--protocol"]
+    probe = [*checkpoint, *common_flags, "--out", out, "--protocol"]
     command = script("transfer/classify.py", *probe, "objects", *source, several=False)
     todo.append(("objects", command, out / "objects.json"))
     if args.knn:
@@ -238,12 +238,12 @@ def arguments():
     add("--data", metavar="DIR", help="images to pre-train on (default: drawn shapes)")
     add("--train", nargs=2, metavar=("IMAGES", "JSON"),
         help="folder, and COCO annotations of images below it, to learn from")
-    add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to judge by")
+    add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to evaluate on")
     add("--knn", metavar="DIR", help="labeled train/, val/ for nearest neighbors (default: no; drawn shapes: yes)")
     add("--out", type=Path, default=Path("runs/compare"), help="where all of it goes (default: runs/compare)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which of the five (default: all)")
     add("--init", nargs="+", type=Path, default=[], metavar="FILE",
-        help="weights to judge beside them, ours or the authors' (as classify.py's --init)")
+        help="weights to evaluate beside them, ours or the authors' (as classify.py's --init)")
     add("--seeds", type=count, default=3, help="networks of each method (default: 3)")
     add("--arch", default="resnet18w0.25", help="of all (default: resnet18w0.25)")
     add("--size", type=common.bounded(int, 32), default=64, help="side of views and images in pixels (default: 64)")
@@ -257,7 +257,7 @@ def arguments():
     given = [bool(x) for x in (args.data, args.train, args.val)]
     if any(given) and not all(given):
         common.fail("--data, --train and --val go together: images to pre-train on, labeled ones to learn from and to "
-                    "judge by")
+                    "evaluate on")
     for path in args.init:
         if not path.is_file():
             common.fail(f"--init {path}: no such file")

@@ -206,7 +206,7 @@ def main():
     batches = run.batches(views, device, common.collate_lists)
     ddp = common.wrap_ddp(model, device)
 
-    def judge():
+    def log_ap():
         run.write(evaluate(detector, val, truth, args, device))
         model.train()
         run.restart_clock()
@@ -226,12 +226,12 @@ def main():
         if run.step % args.print_every == 0:
             run.log(loss, losses, lr)
         if val and args.eval_every and run.step % (args.eval_every * run.steps_per_epoch) == 0 and run.step < run.total:
-            judge()
+            log_ap()
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    judged = common.rank() > 0 or any("AP" in row and row["step"] == run.step for row in run.rows())
-    if val and run.step == run.total and common.all_gather(torch.tensor([not judged], device=device)).any():
-        judge()
+    evaluated = common.rank() > 0 or any("AP" in row and row["step"] == run.step for row in run.rows())
+    if val and run.step == run.total and common.all_gather(torch.tensor([not evaluated], device=device)).any():
+        log_ap()
     run.summary(loss="the sum of the detector's")
     common.finish()
 

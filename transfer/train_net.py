@@ -81,7 +81,7 @@ def check_data(cfg):
 
 
 def mend_evaluators():
-    """Names that the packages which read or judge a data set use, and that are gone."""
+    """Names that the packages which read a data set, or evaluate on it, use, and that are gone."""
     # lvis 0.5.3 uses np.float, gone since NumPy 1.24; cityscapesscripts 2.3.0 np.in1d, gone since NumPy 2.4.
     for name, instead in {"float": float, "in1d": np.isin}.items():
         if name not in np.__dict__:
