@@ -348,7 +348,8 @@ class Normalize(torch.autograd.Function):
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes, which may differ in size: [N, C] or [N, C, H, W].
 
-    As nn.SyncBatchNorm, but on the CPU too, and the host never waits for the device: torch's own looks for empty batches.
+    As nn.SyncBatchNorm, but on the CPU too, and the host never waits for the device: torch's own looks for empty
+    batches.
     """
 
     def _check_input_dim(self, x):
@@ -373,7 +374,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class Backbone(ResNet):
-    """torchvision's ResNet without `fc`, every channel count times `width`, giving its four stages, or the first few."""
+    """torchvision's ResNet without `fc`, every channel count times `width`: gives its four stages, or the first few."""
 
     def __init__(self, block, layers, width, **kwargs):
         self.width = width
@@ -407,12 +408,13 @@ LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (B
 
 
 def resnet(arch, norm_layer=None, zero_init_residual=False):
-    """`resnet18 34 50 101 152 200`, with `wX` every channel count times X (`resnet50w4`), or ResNeXt: `resnext50_32x8d`.
+    """`resnet18 34 50 101 152 200`, with `wX` every channel count times X (`resnet50w4`), or ResNeXt:
+    `resnext50_32x8d`.
 
     The module maps [N, 3, H, W] to the stage outputs [c2, c3, c4, c5] at strides 4, 8, 16, 32; their channel counts
-    stand in `.channels`. Its `state_dict` has torchvision's keys. zero_init_residual: the last BN gamma of each residual
-    block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch; X is from 0.25 to
-    16, since torch's CPU kernels crash on convolutions of 8 channels in channels_last.
+    stand in `.channels`. Its `state_dict` has torchvision's keys. zero_init_residual: the last BN gamma of each
+    residual block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch; X is
+    from 0.25 to 16, since torch's CPU kernels crash on convolutions of 8 channels in channels_last.
     """
     plain = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
     grouped = re.fullmatch(r"resnext(50|101|152)_([1-9]\d?)x([1-9]\d?)d", arch)
@@ -440,7 +442,7 @@ def roi_align(features, boxes, output_size, stride):
 
 
 def mlp(width, hidden, dim, bias=True):
-    """Projector and predictor of BYOL, SoCo and DetCon: linear, BN over all processes, ReLU, linear. bias: of the last."""
+    """Linear, BN over all processes, ReLU, linear: projector and predictor of SoCo and DetCon. bias: of the last."""
     return nn.Sequential(nn.Linear(width, hidden), SyncBatchNorm(hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, dim, bias))
 
@@ -572,8 +574,8 @@ class Photometric(nn.Module):
     `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; a kernel of a tenth of the view, 23 at
     224) and RandomSolarize, in this order. Draws come from the device's default generator.
 
-    family "dm_pix": the jitter of BYOL's and DetCon's own code. Where torchvision multiplies by 1 + u, brightness adds u;
-    contrast is about each channel's mean; saturation is HSV's.
+    family "dm_pix": the jitter of BYOL's and DetCon's own code. Where torchvision multiplies by 1 + u, brightness adds
+    u; contrast is about each channel's mean; saturation is HSV's.
     """
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grayscale_p=0.0,
@@ -736,7 +738,9 @@ class LazyImage:
             return image if self.turn is None else image.transpose(self.turn)
 
     def shrunk(self):
-        """The upright image as uint8 [H, W, 3], the longer side 500 pixels at most: what segmentation's scales are meant for."""
+        """The upright image as uint8 [H, W, 3], the longer side 500 pixels at most: what segmentation's scales are
+        meant for.
+        """
         size = shrunk(self.size)
         return np.asarray(self.decode(size[0] / self.size[0]).resize(size, Image.Resampling.BILINEAR))
 
@@ -809,8 +813,8 @@ class PhotometricRandAugment(torchvision.transforms.RandAugment):
 def rand_augment(image, rng, magnitude=28, moves=True):
     """torchvision's RandAugment, 2 operations of `magnitude` (0 to 30), on a PIL image, drawn from rng.
 
-    Without `moves` each pixel stays where it is. 28 changes a picture as much as InfoMin's operations, which DUPR cites,
-    do at their strength of 10 of 10.
+    Without `moves` each pixel stays where it is. 28 changes a picture as much as InfoMin's operations, which DUPR
+    cites, do at their strength of 10 of 10.
     """
     augment = torchvision.transforms.RandAugment if moves else PhotometricRandAugment
     with torch.random.fork_rng(devices=[]):
@@ -854,8 +858,9 @@ class ImageFolder:
             return LazyImage(image, i)
 
     def only(self, names, what):
-        """Keep these images alone, a list of bytes, in its order. Exits with 2 where one of them is not there; what: who names
-        them."""
+        """Keep these images alone, a list of bytes, in its order. Exits with 2 where one of them is not there; what:
+        who names them.
+        """
         missing = sorted(set(names) - set(self.names.tobytes().split(b"\0")))
         if missing:
             fail(f"{self.root} lacks {len(missing)} of the {len(names)} images of {what}: {os.fsdecode(missing[0])}")
@@ -921,7 +926,8 @@ def polygon(k):
     return lambda u, v, r, a: r * np.cos(a % (2 * np.pi / k) - np.pi / k) - np.cos(np.pi / k)
 
 
-SHAPE_CLASSES = {  # name: outline, inside where <= 0, and pattern, second color where > 0; (u, v) in [-1, 1], polar (r, a)
+# name: outline, inside where <= 0, and pattern, second color where > 0; (u, v) in [-1, 1], polar (r, a)
+SHAPE_CLASSES = {
     "ball": (lambda u, v, r, a: r - 0.95, lambda u, v, r, a: np.sin(9 * v)),
     "tile": (lambda u, v, r, a: np.maximum(abs(u), abs(v)) - 0.8, lambda u, v, r, a: np.sin(7 * u) * np.sin(7 * v)),
     "sail": (polygon(3), lambda u, v, r, a: np.cos(13 * u) + np.cos(13 * v) - 0.6),
@@ -955,7 +961,8 @@ class Shapes:
 
     def __init__(self, count, size=64, seed=0, single=False):
         self.count, self.size, self.seed, self.single, self.pictures = count, size, seed, single, None
-        self.bad, self.names = set(), np.frombuffer("".join(self.name(i) + "\0" for i in range(count)).encode(), np.uint8)
+        self.bad = set()
+        self.names = np.frombuffer("".join(self.name(i) + "\0" for i in range(count)).encode(), np.uint8)
 
     def __len__(self):
         return self.count
@@ -1004,16 +1011,20 @@ class Shapes:
         image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
         keep = masks.sum(axis=(1, 2)) >= np.maximum(9, 0.4 * areas)
         edges = [(np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))) for mask in masks[keep]]
-        boxes = [(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) for columns, rows in edges]  # no torch: see draw_all
-        return image, np.array(boxes, np.float32).reshape(-1, 4), masks[keep], np.asarray(classes)[keep].astype(np.int64)
+        # no torch: see draw_all
+        boxes = [(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) for columns, rows in edges]
+        boxes = np.array(boxes, np.float32).reshape(-1, 4)
+        return image, boxes, masks[keep], np.asarray(classes)[keep].astype(np.int64)
 
     def draw_all(self):
-        """Draw every picture now, on all cores, into memory that workers share, with `.boxes`, `.classes` and `.segments`.
+        """Draw every picture now, on all cores, into memory that workers share, with `.boxes`, `.classes` and
+        `.segments`.
 
         By numpy alone: torch's threads do not outlive the fork, and an operation that waits for them waits for ever.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            pictures, self.boxes, self.classes, segments = zip(*pool.imap(self.labeled_scene, range(self.count), chunksize=64))
+            scenes = pool.imap(self.labeled_scene, range(self.count), chunksize=64)
+            pictures, self.boxes, self.classes, segments = zip(*scenes)
         self.pictures, self.segments = np.stack(pictures), np.stack(segments)
         return self
 
@@ -1080,8 +1091,8 @@ def global_batches(images, batch_size, seed, first, last):
 
 
 class Loader:
-    """`views` of the images that `batches`, lists of (epoch, index), name: dicts of tensors, or with a `collate` of its own of
-    lists of them, on the device.
+    """`views` of the images that `batches`, lists of (epoch, index), name: dicts of tensors, or with a `collate` of its
+    own of lists of them, on the device.
 
     Names each undecodable file once, and ends the program when they are more than 1 % of the files seen. `.waited` is
     the time spent waiting for images, in seconds.
@@ -1444,10 +1455,12 @@ class Run:
         self.args, self.source, self.method, self.model, self.optimizer = args, source, method, model, optimizer
         self.steps_per_epoch = len(source) // args.batch_size
         if not self.steps_per_epoch:
-            fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
+            fail(f"{len(source)} images do not fill a batch of {args.batch_size}: "
+                 f"take --batch-size {len(source)} or less")
         self.total = args.epochs * self.steps_per_epoch
         self.last = min(self.total, args.max_steps or self.total)
-        self.settings = {name: x for name, x in vars(args).items() if name not in RUNTIME_SETTINGS} | source.fingerprint()
+        self.settings = {name: x for name, x in vars(args).items()
+                         if name not in RUNTIME_SETTINGS} | source.fingerprint()
         self.out, self.step, self.board = Path(args.out), 0, None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1511,8 +1524,8 @@ class Run:
                     self.save()
                     barrier()  # torchrun ends the others as soon as one is gone
                     if rank() == 0:
-                        print_line(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of {self.total}: "
-                            "the same command goes on")
+                        print_line(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of "
+                                   f"{self.total}: the same command goes on")
                     finish()
                     sys.exit(128 + number)
             stop.settle()
@@ -1559,7 +1572,8 @@ class Run:
             row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
             with open(Path(self.out, "log.jsonl"), "a") as file:
                 file.write(json.dumps(row) + "\n")
-            print_line(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()), sep="  ")
+            print_line(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()),
+                       sep="  ")
             for name, value in values.items() if self.board else ():
                 self.board.add_scalar(name, value, self.step)
 
@@ -1576,7 +1590,8 @@ class Run:
         figures = [f"{name} {np.mean(values):.3g} ({notes[name]})" for name, values in stats.items() if values]
         if knns:
             figures += [f"kNN {knns[-1]:.1%}" + (f" ({start} {knns[0]:.1%})" if "knn" in rows[0] else "")]
-        probes = [{name: row[f"probe_{name}"] for name in ("c2", "c3", "c4", "c5")} for row in rows if "probe_c2" in row]
+        probes = [{name: row[f"probe_{name}"] for name in ("c2", "c3", "c4", "c5")}
+                  for row in rows if "probe_c2" in row]
         if len(probes) == 2:
             best = max(probes[1], key=probes[1].get)
             figures += [f"objects told by {best} {probes[1][best]:.1%} ({start} {probes[0][best]:.1%})"]
@@ -1638,8 +1653,8 @@ class Files(Dataset):
 def make_files(label, count, path, write, device):
     """Make the files path(0) ... path(count - 1) that are missing, on all cores of all processes, with an ETA.
 
-    write(k, file) writes one to a binary file; what it finds Unreadable is named and left out. The processes meet every few
-    seconds, between files: none waits for another for longer than their connection allows.
+    write(k, file) writes one to a binary file; what it finds Unreadable is named and left out. The processes meet every
+    few seconds, between files: none waits for another for longer than their connection allows.
     """
     total = lambda n: int(all_gather(torch.tensor([n], device=device)).sum())
     tasks = [k for k in range(count) if not path(k).exists()]
@@ -1682,7 +1697,8 @@ def extract_features(backbone, source, indices, size, device, workers, stage=5):
 @torch.no_grad()
 @exact_products()
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
-    """Weighted k-nearest-neighbor top-1 of frozen c5 (Wu et al. 2018; the monitor of MoCo A.9), or of c2 to c4, in [0, 1].
+    """Weighted k-nearest-neighbor top-1 of frozen c5 (Wu et al. 2018; the monitor of MoCo A.9), or of
+    c2 to c4, in [0, 1].
 
     Every process passes its share of the training images by all validation features and keeps the k nearest so far, so
     that no training feature is ever stored. `train`, `val`: sources with labels; k: fewer where there are fewer.
@@ -1694,7 +1710,8 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, 
     for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
         dist.broadcast(buffer, src=0)
     share = np.arange(rank(), len(val) + -len(val) % world_size(), world_size()) % len(val)  # as many in every process
-    index, rows = (all_gather(torch.cat(x)) for x in zip(*extract_features(backbone, val, share, size, device, workers, stage)))
+    index, rows = (all_gather(torch.cat(x))
+                   for x in zip(*extract_features(backbone, val, share, size, device, workers, stage)))
     queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C]
     best = torch.full((len(val), k), -2.0, device=device)                                      # similarities [M, k]
     label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
@@ -1719,7 +1736,9 @@ def collate_lists(rows):
 
 
 def pool_stages(stages, boxes):
-    """What detectors see of each box: {"c2": [n, C2 * 9], ..., "c5"}, RoIAlign to 3 x 3 cells. boxes: [k, 4] of each image."""
+    """What detectors see of each box: {"c2": [n, C2 * 9], ..., "c5"}, RoIAlign to 3 x 3 cells. boxes: [k, 4] of each
+    image.
+    """
     return {f"c{i}": torchvision.ops.roi_align(c.float(), boxes, 3, 0.5 ** i, aligned=True).flatten(1)
             for i, c in enumerate(stages, start=2)}
 
@@ -1736,8 +1755,9 @@ def object_view(image, rng, source, size):
 
 
 def box_features(encode, source, images, size, device, workers=0):
-    """{name: features [n, D]} as `encode(views, boxes)` gives them, and the classes [n], of all boxes of some images of `source`,
-    each image made square, `size` pixels a side."""
+    """{name: features [n, D]} as `encode(views, boxes)` gives them, and the classes [n], of all boxes of some images of
+    `source`, each image made square, `size` pixels a side.
+    """
     view = partial(object_view, source=source, size=size)
     mine, found = list(images)[rank()::world_size()], []
     batches = ([(0, int(i)) for i in mine[start:start + 64]] for start in range(0, len(mine), 64))
@@ -1754,9 +1774,11 @@ def box_features(encode, source, images, size, device, workers=0):
 
 
 def ridge(x, y, x_val):
-    """Scores [M, K] of the rows of x_val [M, D] for each class, by ridge regression on the classes y [N, K], one-hot, of x [N, D].
+    """Scores [M, K] of the rows of x_val [M, D] for each class, by ridge regression on the classes y [N, K], one-hot,
+    of x [N, D].
 
-    The strength is the one whose fits without each row tell that row's class best: all of them follow from one decomposition.
+    The strength is the one whose fits without each row tell that row's class best: all of them follow from one
+    decomposition.
     """
     mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x, x_val = (((rows - mean) / std).double() for rows in (x, x_val))
@@ -1773,23 +1795,27 @@ def ridge(x, y, x_val):
         leverage = 1 / len(x) + z ** 2 @ inverse         # [N]
         fit = prior + z @ weight
         left_out = target - (target - fit) / (1 - leverage)[:, None]
-        best = max(best, ((left_out.argmax(dim=1) == y.argmax(dim=1)).double().mean().item(), weight), key=lambda pair: pair[0])
+        best = max(best, ((left_out.argmax(dim=1) == y.argmax(dim=1)).double().mean().item(), weight),
+                   key=lambda pair: pair[0])
     return prior + x_val @ axes @ best[1]
 
 
 @torch.no_grad()
 @exact_products()
 def probe(backbone, train, val, size, device, workers=0):
-    """{"c2": accuracy in [0, 1], ..., "c5"}: of how many annotated boxes of `val` a linear classifier of a stage's features,
-    learned from those of `train`, tells the class."""
+    """{"c2": accuracy in [0, 1], ..., "c5"}: of how many annotated boxes of `val` a linear classifier of a stage's
+    features, learned from those of `train`, tells the class.
+    """
     training, normalize = backbone.training, Photometric().to(device)
     backbone.eval()
     for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
         dist.broadcast(buffer, src=0)
     encode = lambda views, boxes: pool_stages(backbone(normalize(views)), boxes)
-    (x, y), (x_val, y_val) = (box_features(encode, source, range(len(source)), size, device, workers) for source in (train, val))
+    (x, y), (x_val, y_val) = (box_features(encode, source, range(len(source)), size, device, workers)
+                              for source in (train, val))
     backbone.train(training)
-    return {name: (ridge(x[name], F.one_hot(y), x_val[name]).argmax(dim=1) == y_val).float().mean().item() for name in x}
+    return {name: (ridge(x[name], F.one_hot(y), x_val[name]).argmax(dim=1) == y_val).float().mean().item()
+            for name in x}
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -1797,24 +1823,27 @@ def probe(backbone, train, val, size, device, workers=0):
 class Parser(argparse.ArgumentParser):
     """The flags that all methods share; a method adds its own to `.own`.
 
-    Defaults come from `paper`, and from `demo` over it where no --data is given. What trains a network that exists (transfer/)
-    has no demo, and says itself what its --data and --arch are.
+    Defaults come from `paper`, and from `demo` over it where no --data is given. What trains a network that exists
+    (transfer/) has no demo, and says itself what its --data and --arch are.
     """
 
     def __init__(self, doc, paper, demo=None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.paper, self.demo = paper, demo or {}
         self.set_defaults(start=None)  # what --init names
-        self.set_defaults(prepare=False, data=None)  # --prepare: of the methods that have something to make before training
+        # --prepare: of the methods that have something to make before training
+        self.set_defaults(prepare=False, data=None)
         self.own = self.add_argument_group("the paper's" if demo else "of this script")
         add = self.add_argument_group("common to all" + (" five methods" if demo else "")).add_argument
         count = bounded(int, 1)
         if demo:
-            add("--data", metavar="DIR", help="images, searched recursively; DIR/train if there (default: drawn shapes)")
+            add("--data", metavar="DIR",
+                help="images, searched recursively; DIR/train if there (default: drawn shapes)")
             add("--init", metavar="FILE", help="weights to start from: last.pt, those that the authors of MoCo, DetCo "
                 "or SoCo released, torchvision's ResNet, Detectron2's .pkl (default: random)")
             add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
-            add("--size", type=bounded(int, 32, 8192), help="side of a view in pixels, 32 or more: the network's stride")
+            add("--size", type=bounded(int, 32, 8192),
+                help="side of a view in pixels, 32 or more: the network's stride")
             add("--knn", metavar="DIR", help="labeled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
             add("--compile", action="store_true", help="torch.compile the model")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
@@ -1831,7 +1860,8 @@ class Parser(argparse.ArgumentParser):
         add("--print-every", type=count, help="steps between lines of the log")
         add("--max-pixels", type=bounded(int, 1), default=ImageFolder.max_pixels,
             help="an image with more counts as one that cannot be decoded (default: %(default)s)")
-        add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on a GPU that has it, Ampere and later)")
+        add("--amp", choices=["bf16", "off"],
+            help="mixed precision (default: bf16 on a GPU that has it, Ampere and later)")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
     def format_help(self):
@@ -1879,7 +1909,9 @@ def bounded(kind, low, high=1e9):
 
 
 def choose_bn_splits(args):
-    """Fill in --bn-splits, the BN groups of one process: 8, or fewer in a small batch. Exits with 2 where they do not fit."""
+    """Fill in --bn-splits, the BN groups of one process: 8, or fewer in a small batch. Exits with 2 where they do not
+    fit.
+    """
     if args.bn_splits is None:
         fits = lambda groups: args.batch_size % groups == 0 and args.batch_size >= 4 * groups
         args.bn_splits = next(filter(fits, (8, 4, 2)), 1)

@@ -9,8 +9,8 @@ contrasts instead of one: whole view to whole view, nine small patches to nine p
     python detco.py --data DIR --no-local --epochs 100          stages alone, the paper's row (b) of Table 1
 
 Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
-`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: what
-the paper leaves open is decided where a comment says so.
+`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released:
+what the paper leaves open is decided where a comment says so.
 """
 import copy
 from contextlib import contextmanager
@@ -25,7 +25,8 @@ from PIL import ImageOps
 import common
 
 PAPER = dict(  # on ImageNet; lr is for batch_size
-    arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, weights=[0.1, 0.4, 0.7, 1.0],
+    arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50,
+    weights=[0.1, 0.4, 0.7, 1.0],
     queue=65536, momentum=0.999, temperature=0.2, dim=128, min_area=0.2, augment="moco",
     augment_magnitude=28,
     workers=16)  # about what one H100 needs, estimated
@@ -38,7 +39,7 @@ DEMO = dict(arch="resnet18w0.25", size=32, epochs=10, warmup=1, print_every=32, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def jigsaw_sizes(size):
-    """(side of the region, side of a patch) in pixels for global views of `size`: 255 and 64 at 224; a cell is a third."""
+    """(side of the region, side of a patch) in pixels, for global views of `size`: 255 and 64 at 224."""
     return 3 * round(85 * size / 224), round(64 * size / 224)
 
 
@@ -64,8 +65,10 @@ def views(image, rng, size, min_area, augment="moco", magnitude=28, local=True):
 
 
 def color_augmentation():
-    """MoCo v2's colors, for regions as for global views. A region is colored before it is divided, as the text has it, so that
-    its patches share a draw; "the same parameters" as the global views' we take to be those of the distribution."""
+    """MoCo v2's colors, for regions as for global views. A region is colored before it is divided, as the text has it,
+    so that its patches share a draw; "the same parameters" as the global views' we take to be those of the
+    distribution.
+    """
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
 
@@ -117,8 +120,9 @@ class Encoder(nn.Module):
 
 @contextmanager
 def running_statistics_kept(backbone):
-    """BN normalizes by its batch as ever, but its running statistics, with which the backbone will see whole images, do not hear
-    of it: nine patches an image would make most of them their own."""
+    """BN normalizes by its batch as ever, but its running statistics, with which the backbone will see whole images, do
+    not hear of it: nine patches an image would make most of them their own.
+    """
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
@@ -135,9 +139,12 @@ def normalize(x):
 
 class DetCo(nn.Module):
     """The pretext task. weights: w of Eq. 1 for Res2 to Res5; a stage of weight 0 costs nothing. local: with patches.
-    share_queue: one global and one local queue for all stages (Table 16). size: of the global views. bn_splits: BN groups of one process."""
+    share_queue: one global and one local queue for all stages (Table 16). size: of the global views. bn_splits: BN
+    groups of one process.
+    """
 
-    def __init__(self, arch, weights=(0.1, 0.4, 0.7, 1.0), queue=65536, momentum=0.999, temperature=0.2, dim=128, size=224,
+    def __init__(self, arch, weights=(0.1, 0.4, 0.7, 1.0), queue=65536, momentum=0.999, temperature=0.2, dim=128,
+                 size=224,
                  local=True, share_queue=False, bn_splits=1):
         super().__init__()
         self.w = [weight for weight in weights if weight]
@@ -204,8 +211,10 @@ def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--weights", type=common.bounded(float, 0), nargs=4, help="w of Eq. 1 for Res2, Res3, Res4, Res5")
-    add("--no-local", action="store_true", help="without patches: stages alone (Table 1 b); with --weights 0 0 0 1 MoCo v2's loss")
-    add("--share-queue", action="store_true", help="one global and one local queue for all stages (Table 16, with --no-local)")
+    add("--no-local", action="store_true",
+        help="without patches: stages alone (Table 1 b); with --weights 0 0 0 1 MoCo v2's loss")
+    add("--share-queue", action="store_true",
+        help="one global and one local queue for all stages (Table 16, with --no-local)")
     add("--augment", choices=["moco", "rand"], help="moco: MoCo v2's; rand: RandAugment before it, for DetCo+AA")
     add("--augment-magnitude", type=common.bounded(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")

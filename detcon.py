@@ -170,7 +170,8 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
     projections as predictions and targets, and trains through both.
     """
     with torch.autocast(pred1.device.type, enabled=False):
-        pred1, pred2, target1, target2 = (F.normalize(x, dim=2) for x in common.to_float32(pred1, pred2, target1, target2))
+        pred1, pred2, target1, target2 = (F.normalize(x, dim=2)
+                                          for x in common.to_float32(pred1, pred2, target1, target2))
         mine = torch.arange(len(ids1), device=ids1.device)                                # these among all images
         if gather:
             mine = mine + common.rank() * len(ids1)
@@ -296,8 +297,9 @@ def mask_path(folder, source, i):
 
 
 def read_mask(image, folder, source):
-    """The masks of an image from its PNG: 8-bit gray or palette, a set of labels; RGB, three sets; 16-bit gray, up to 16
-    masks that may overlap, one a bit. Of the image's size, or of 500 pixels where `felzenszwalb` made it."""
+    """The masks of an image from its PNG: 8-bit gray or palette, a set of labels; RGB, three sets; 16-bit gray, up to
+    16 masks that may overlap, one a bit. Of the image's size, or of 500 pixels where `felzenszwalb` made it.
+    """
     path = mask_path(folder, source, image.index)
     if not path.exists():
         raise common.Unreadable(f"no mask {path}")

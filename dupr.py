@@ -1,8 +1,8 @@
 """DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.).
 
 MoCo v2 at every stage of the backbone, and beside it patches: where two views of an image overlap, both are laid out in
-the same S x S grid, and the feature of a patch must find that of the same patch in the other view, among patches of other
-images. Features then tell places apart, which detection needs.
+the same S x S grid, and the feature of a patch must find that of the same patch in the other view, among patches of
+other images. Features then tell places apart, which detection needs.
 
     python dupr.py                                              shapes drawn on the fly, some minutes on two cores
     python dupr.py --data DIR                                   your own images
@@ -10,8 +10,8 @@ images. Features then tell places apart, which detection needs.
     python dupr.py --data DIR --augment moco                    as in its ablations: no RandAugment, temperature 0.2
 
 Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
-`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: what
-the paper leaves open is decided where a comment says so.
+`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released:
+what the paper leaves open is decided where a comment says so.
 """
 import copy
 from functools import partial
@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw, ImageOps
 import common
 
 PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
-    arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50, alpha=[0.1, 0.4, 0.7, 1.0],
+    arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50,
+    alpha=[0.1, 0.4, 0.7, 1.0],
     beta=[0.0, 0.0, 1.0, 1.0], queue=65536, patch_keys=32, momentum=0.999, temperature=0.15, dim=128, min_area=0.2,
     augment="rand", augment_magnitude=28,
     workers=32)  # about what one H100 needs, estimated
@@ -45,7 +46,8 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
     """Two random crops, each mirrored half of the time, and where they overlap.
 
     Gives x_q and x_k, uint8 [3, size, size]; box_q and box_k [1, 4], the intersection in xyxy pixels of each view;
-    flip_q and flip_k, whether it is mirrored; overlap, whether there is an intersection (where not, boxes are whole views).
+    flip_q and flip_k, whether it is mirrored; overlap, whether there is an intersection (where not, boxes are whole
+    views).
     """
     r1, r2 = (common.random_crop(image.size, (min_area, 1.0), rng) for _ in range(2))                # Eq. 3
     b = max(r1[0], r2[0]), max(r1[1], r2[1]), min(r1[2], r2[2]), min(r1[3], r2[3])                   # Eq. 4
@@ -57,12 +59,15 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
         view = ImageOps.mirror(view) if flip else view
         if augment != "moco":
             view = common.rand_augment(view, rng, magnitude, moves=augment == "rand-moves")
-        batch |= {f"x_{name}": common.to_tensor(view), f"box_{name}": torch.tensor([box]), f"flip_{name}": torch.tensor(flip)}
+        batch |= {f"x_{name}": common.to_tensor(view), f"box_{name}": torch.tensor([box]),
+                  f"flip_{name}": torch.tensor(flip)}
     return batch
 
 
 def to_view(box, crop, size, flip):
-    """T: a box from the pixels of the image to those of `crop` (xyxy, pixels of the image) made size x size and mirrored."""
+    """T: a box from the pixels of the image to those of `crop` (xyxy, pixels of the image) made size x size and
+    mirrored.
+    """
     sx, sy = size / (crop[2] - crop[0]), size / (crop[3] - crop[1])
     x1, y1, x2, y2 = (box[0] - crop[0]) * sx, (box[1] - crop[1]) * sy, (box[2] - crop[0]) * sx, (box[3] - crop[1]) * sy
     return (size - x2, y1, size - x1, y2) if flip else (x1, y1, x2, y2)
@@ -79,8 +84,8 @@ def color_augmentation():
 
 class Encoder(nn.Module):
     """Backbone, h: an MLP for the pooled features of each level with alpha > 0, and g: one of 1x1 convolutions for the
-    patches of each with beta > 0. The hidden layers are as wide as c5 (2048), whatever comes in: the paper gives no width, and
-    this is MoCo v2's.
+    patches of each with beta > 0. The hidden layers are as wide as c5 (2048), whatever comes in: the paper gives no
+    width, and this is MoCo v2's.
     """
 
     def __init__(self, arch, alpha, beta, dim, bn_splits, roi_size=None):
@@ -96,9 +101,10 @@ class Encoder(nn.Module):
         self.g = nn.ModuleList(mlp(partial(nn.Conv2d, kernel_size=1), channels[m]) for m in self.patch_levels)
 
     def forward(self, x, box, flip):
-        """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level, and r, [N, S*S, dim] of each patch level:
-        patch p is the same place in both views. S is roi_size, or the level's own: 7 for conv5, 14 for conv4 at 224
-        (Sec. 4.5.3)."""
+        """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level, and r, [N, S*S, dim] of each
+        patch level: patch p is the same place in both views. S is roi_size, or the level's own: 7 for conv5, 14 for
+        conv4 at 224 (Sec. 4.5.3).
+        """
         f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
         r = []
@@ -114,11 +120,13 @@ class DUPR(nn.Module):
     """The pretext task.
 
     alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); what has weight 0 costs nothing.
-    patch_keys: patches of the global batch that a level's queue takes in a step ("we sample 32 patch features per batch",
-    Sec. 3.2.3), so that one process trains as eight do. roi_size: S of all levels. bn_splits: BN groups of one process.
+    patch_keys: patches of the global batch that a level's queue takes in a step ("we sample 32 patch features per
+    batch", Sec. 3.2.3), so that one process trains as eight do. roi_size: S of all levels. bn_splits: BN groups of one
+    process.
     """
 
-    def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32, momentum=0.999,
+    def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32,
+                 momentum=0.999,
                  temperature=0.15, dim=128, bn_splits=1, roi_size=None):
         super().__init__()
         self.alpha, self.beta = ([weight for weight in weights if weight] for weights in (alpha, beta))
@@ -160,7 +168,8 @@ class DUPR(nn.Module):
 def sample_patches(k, overlap, count):
     """Up to `count` patches drawn from those of all overlapping pairs of the global batch.
 
-    k [N, P, D], overlap [N] bool -> [count, D], the same in all processes, and how many of its first rows are such patches.
+    k [N, P, D], overlap [N] bool -> [count, D], the same in all processes, and how many of its first rows are such
+    patches.
     """
     score = torch.rand(k.shape[:2], device=k.device) + overlap[:, None]  # 1 or more for those to draw from
     score, mine = score.flatten().topk(min(count, score.numel()))
@@ -170,9 +179,11 @@ def sample_patches(k, overlap, count):
 
 
 def patch_nce(q, k, overlap, negatives, temperature):
-    """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> this process's part of the loss, in nats,
-    and of the share of patches that are nearest to their own. Averaged over processes, as DDP does, they are means over the
-    patches of all overlapping pairs: the paper's sum would weigh 49 to 196 times the image loss. 0 where none overlaps."""
+    """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> this process's part of the
+    loss, in nats, and of the share of patches that are nearest to their own. Averaged over processes, as DDP does, they
+    are means over the patches of all overlapping pairs: the paper's sum would weigh 49 to 196 times the image loss. 0
+    where none overlaps.
+    """
     rows = common.to_float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
     losses, hits = InfoNCEInParts.apply(*rows, temperature)
     weight = overlap.float()[:, None] / q.shape[1]                                        # [N, 1]
@@ -185,10 +196,11 @@ PART = 2 ** 26  # similarities at a time: 0.25 GB
 
 
 class InfoNCEInParts(torch.autograd.Function):
-    """common.info_nce of each row of q [R, D], gradient to q alone, and whether k [R, D] is nearer to it than all negatives.
+    """common.info_nce of each row of q [R, D], gradient to q alone, and whether k [R, D] is nearer to it than all
+    negatives.
 
-    For 256 images R is 50176 on conv4_x: all R x K similarities would take 13 GB, several times over. A few rows are done
-    with in one go, as loss and gradient need the same softmax.
+    For 256 images R is 50176 on conv4_x: all R x K similarities would take 13 GB, several times over. A few rows are
+    done with in one go, as loss and gradient need the same softmax.
     """
 
     @staticmethod
@@ -221,7 +233,8 @@ class InfoNCEInParts(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
-    """views.png: both views of a few images, their intersection and the S x S grid in it: one number, one spot of the scene.
+    """views.png: both views of a few images, their intersection and the S x S grid in it: one number, one spot of the
+    scene.
 
     S is --roi-size, or conv5's own: 7 at 224.
     """
@@ -248,22 +261,26 @@ def save_views(path, model, batch):
 def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
-    add("--alpha", type=common.bounded(float, 0), nargs=4, help="weights of the image losses of conv2_x to conv5_x (Eq. 2)")
+    add("--alpha", type=common.bounded(float, 0), nargs=4,
+        help="weights of the image losses of conv2_x to conv5_x (Eq. 2)")
     add("--beta", type=common.bounded(float, 0), nargs=4, help="weights of the patch losses")
     add("--augment", choices=["rand", "rand-moves", "moco"],
-        help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of its operations, which move "
-             "patches; moco: MoCo v2's alone")
+        help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of its operations, "
+             "which move patches; moco: MoCo v2's alone")
     add("--augment-magnitude", type=common.bounded(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
-    add("--roi-size", type=common.bounded(int, 1), help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
+    add("--roi-size", type=common.bounded(int, 1),
+        help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
-    add("--patch-keys", type=common.bounded(int, 1), help="patches of the global batch that a level's queue takes in a step")
+    add("--patch-keys", type=common.bounded(int, 1),
+        help="patches of the global batch that a level's queue takes in a step")
     add("--momentum", type=common.bounded(float, 0, 1), help="of the key network")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau; 0.2 with --augment moco")
     add("--dim", type=common.bounded(int, 1), help="length of a query or key")
     add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
-    args = parser.parse(lambda args: ABLATION if args.augment == "moco" or args.augment is None and not args.data else {})
+    args = parser.parse(lambda args: ABLATION if args.augment == "moco" or args.augment is None and not args.data
+                        else {})
     if not any(args.alpha + args.beta):
         common.fail("--alpha and --beta: one of the eight must be above 0")
     common.choose_bn_splits(args)
@@ -276,8 +293,8 @@ def main():
     source, monitor = common.open_data(args)
     common.warn_if_queue_is_long(args, source)
     common.seed_everything(args.seed)
-    model = DUPR(args.arch, args.alpha, args.beta, args.queue, args.patch_keys, args.momentum, args.temperature, args.dim,
-                 args.bn_splits if common.world_size() == 1 else 1, args.roi_size)
+    model = DUPR(args.arch, args.alpha, args.beta, args.queue, args.patch_keys, args.momentum, args.temperature,
+                 args.dim, args.bn_splits if common.world_size() == 1 else 1, args.roi_size)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "dupr", model, optimizer)

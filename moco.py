@@ -42,8 +42,8 @@ DEMO = dict(
 def two_views(image, rng, size, min_area, key=True):
     """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size].
 
-    Without `key` x_q alone, which is all that the memory bank needs. `index` is of the image that was cut, which may stand
-    in for one that cannot be decoded.
+    Without `key` x_q alone, which is all that the memory bank needs. `index` is of the image that was cut, which may
+    stand in for one that cannot be decoded.
     """
     names = ["x_q", "x_k"] if key else ["x_q"]
     crops = [common.random_crop(image.size, (min_area, 1.0), rng) for _ in names]

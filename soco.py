@@ -193,7 +193,7 @@ class SoCo(nn.Module):
         v_online = [normalize(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
         with torch.no_grad():
             v_target = [normalize(self.target(*view)) for view in views]                  # Eq. 3, 4
-        similarity = lambda a, b: (a * b).sum(dim=1).mean()                                   # Eq. 6: the mean over K and N
+        similarity = lambda a, b: (a * b).sum(dim=1).mean()  # Eq. 6: the mean over K and N
         loss, stats = 0, {}
         for i in range(1, len(views)):
             forth, back = similarity(v_online[0], v_target[i]), similarity(v_online[i], v_target[0])

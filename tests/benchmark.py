@@ -1,7 +1,7 @@
 """What the project costs, each figure beside what it is compared with, in one run.
 
     python tests/benchmark.py                      everything that this machine can do
-    python tests/benchmark.py loader scan          some of it: loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap count step
+    python tests/benchmark.py loader scan          some of it, by the names that --help lists
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
     python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
 
@@ -204,7 +204,7 @@ def pool_once(how):
 
 
 def pyramid(args, folder):
-    """SoCo's RoIAlign: each box without area on other levels, from one sheet, level by level, all boxes on all levels."""
+    """SoCo's RoIAlign: boxes without area on other levels, one sheet, level by level, all boxes on all levels."""
     run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(pool_once, (how,))
     figures = {how.__name__ if how else "no area": run(how) for how in (None, one_sheet, by_level, all_levels)}
     for how, (took, memory) in figures.items():
@@ -220,9 +220,11 @@ def family_step(name):
     model = {"moco": lambda: moco.MoCo(images=10**6, **settings), "detco": lambda: detco.DetCo(**settings),
              "dupr": lambda: dupr.DUPR(**settings)}[name]().to(DEVICE, memory_format=torch.channels_last)
     image, rng = common.LazyImage(Image.fromarray(common.Shapes(1, 256).scene(0)[0]), 0), np.random.default_rng(0)
-    views = {"moco": partial(moco.two_views, size=size, min_area=0.2), "detco": partial(detco.views, size=size, min_area=0.2),
+    views = {"moco": partial(moco.two_views, size=size, min_area=0.2),
+             "detco": partial(detco.views, size=size, min_area=0.2),
              "dupr": partial(dupr.two_views, size=size, min_area=0.2)}[name]
-    batch = {key: x.to(DEVICE) for key, x in torch.utils.data.default_collate([views(image, rng) for _ in range(n)]).items()}
+    batch = {key: x.to(DEVICE)
+             for key, x in torch.utils.data.default_collate([views(image, rng) for _ in range(n)]).items()}
 
     def work():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
@@ -258,7 +260,7 @@ def overlap(args, folder):
 
 
 def checkpointed(q, k, overlap, negatives, temperature):
-    """DUPR's patch loss with all similarities of some rows kept as autograd does, and made again in the backward pass."""
+    """DUPR's patch loss: similarities of some rows kept as autograd does, or made again in the backward pass."""
     def rows(q, k):
         positive, others = (q * k).sum(dim=1) / temperature, q @ negatives.T / temperature
         return torch.logaddexp(positive, others.logsumexp(dim=1)) - positive, positive > others.amax(dim=1)
@@ -282,7 +284,8 @@ def patches(args, folder):
     images = 256 if DEVICE.type == "cuda" else 20
     run = lambda how: multiprocessing.get_context("spawn").Pool(1).apply(patch_loss, (how, images))
     (new, memory), (old, more) = run(dupr.patch_nce), run(checkpointed)
-    print(f"patches: {images * 196} rows, queue 65536: {new:.2f} s and {memory:.0f} MB; checkpointed {old:.2f} s and {more:.0f} MB")
+    print(f"patches: {images * 196} rows, queue 65536: {new:.2f} s and {memory:.0f} MB; "
+          f"checkpointed {old:.2f} s and {more:.0f} MB")
 
 
 def family(args, folder):
@@ -332,7 +335,9 @@ def search(image, segments, histograms, scale, min_size):
 
 
 def true_boxes(scenes):
-    """(images, {i: boxes [n, 4] xyxy}) of a folder with images/ and COCO's annotations.json; of drawn scenes without one."""
+    """(images, {i: boxes [n, 4] xyxy}) of a folder with images/ and COCO's annotations.json; of drawn scenes without
+    one.
+    """
     if not scenes:
         source = common.Shapes(300, size=320)
         return source, {i: source.scene(i)[1] for i in range(len(source))}
@@ -404,12 +409,14 @@ def contrast(args, folder):
     """Memory of DetCon's loss in the paper's setting, where the square of the global batch would take 69 GB."""
     for variant, dim in (("S", 128), ("B", 256)):
         memory = multiprocessing.get_context("spawn").Pool(1).apply(loss_memory, (dim,))
-        print(f"contrast: the loss of DetCon-{variant}, 32 of 4096 images, 16 masks: {memory:.0f} MB, forward and backward")
+        print(f"contrast: the loss of DetCon-{variant}, 32 of 4096 images, 16 masks: {memory:.0f} MB, "
+              "forward and backward")
 
 
 def masks(args, folder):
-    """Felzenszwalb-Huttenlocher segments: images/s of a core, and the average best overlap (Fig. 7) of them and of a grid
-    with the true masks."""
+    """Felzenszwalb-Huttenlocher segments: images/s of a core, and the average best overlap (Fig. 7) of them and of a
+    grid with the true masks.
+    """
     if args.scenes:
         dataset = json.loads(Path(args.scenes, "annotations.json").read_text())
         source = common.ImageFolder(Path(args.scenes, "images"))
@@ -417,7 +424,8 @@ def masks(args, folder):
         number = {image["id"]: number[image["file_name"]] for image in dataset["images"]}
         truth = {}
         for annotation in dataset["annotations"]:
-            truth.setdefault(number[annotation["image_id"]], []).append(coco_masks.decode(annotation["segmentation"], None))
+            mask = coco_masks.decode(annotation["segmentation"], None)
+            truth.setdefault(number[annotation["image_id"]], []).append(mask)
     else:
         source = common.Shapes(300, size=320)
         truth = {i: source.scene(i)[2] for i in range(len(source))}
@@ -433,8 +441,9 @@ def masks(args, folder):
             for name, labels in (("fh", segments), ("grid5", grid)):
                 inside, sizes = np.bincount(labels[mask], minlength=256), np.bincount(labels.ravel(), minlength=256)
                 overlaps[name].append((inside / (sizes + mask.sum() - inside)).max())
-    print(f"masks: {i + 1} images of about {width} x {height}, {(i + 1) / took:.1f} a second and core; average best overlap with "
-          f"{len(overlaps['fh'])} objects: fh {np.mean(overlaps['fh']):.1%}, grid5 {np.mean(overlaps['grid5']):.1%}")
+    print(f"masks: {i + 1} images of about {width} x {height}, {(i + 1) / took:.1f} a second and core; "
+          f"average best overlap with {len(overlaps['fh'])} "
+          f"objects: fh {np.mean(overlaps['fh']):.1%}, grid5 {np.mean(overlaps['grid5']):.1%}")
 
 
 def pooled_one_by_one(mask, cells, n, rng):
@@ -472,8 +481,8 @@ def count(args, folder):
         for world in (1, 8):
             ledger = fake_gpu.counted(name, world, "resnet50", 224, images)
             print(f"count: {name}, {images} images, one of {world} processes: {len(ledger.waits)} waits, "
-                  f"{ledger.launches} launches, {ledger.bytes / 2**30:.1f} GB moved, {ledger.peak / 2**30:.1f} GB at the "
-                  "peak", flush=True)
+                  f"{ledger.launches} launches, {ledger.bytes / 2**30:.1f} GB moved, "
+                  f"{ledger.peak / 2**30:.1f} GB at the peak", flush=True)
 
 
 def step(args, folder):
@@ -496,7 +505,7 @@ def step(args, folder):
             elif "mask" in key or key == "overlap":
                 x.fill_(1)
         torch.cuda.reset_peak_memory_stats()
-        work = lambda: fake_gpu.step(name, model, optimizer, batch)
+        work = partial(fake_gpu.step, name, model, optimizer, batch)
         bare, memory = images / seconds(work, 20), torch.cuda.max_memory_allocated() / 2**30
         with torch.profiler.profile() as profile:
             work()
@@ -513,21 +522,27 @@ def step(args, folder):
         rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
         whole = float(np.median([row["images_per_s"] for row in rows[2:]]))
         print(f"step: {name}, ResNet-50, 224 pixels, {images} images, bf16: {bare:.0f} images/s on resident data, "
-              f"{whole:.0f} the whole script, {whole / bare:.2f} of it, {rows[-1]['data_wait']:.0%} of the time waiting for "
-              f"data; {memory:.1f} GB")
+              f"{whole:.0f} the whole script, {whole / bare:.2f} of it, "
+              f"{rows[-1]['data_wait']:.0%} of the time waiting for data; {memory:.1f} GB")
         print(table, flush=True)
+
+
+PARTS = ("loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap count "
+         "step").split()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap count step")
+    parser.add_argument("what", nargs="*",
+                        help=f"{' '.join(PARTS)} (default: all)")
     parser.add_argument("--images", help="folder of images for `loader`, `proposals`")
     parser.add_argument("--count", type=int, default=300, help="images for `proposals`, at most")
-    parser.add_argument("--scenes", help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
+    parser.add_argument("--scenes",
+                        help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
     parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores")
-    for name in args.what or ["loader", "photo", "scan", "photometric", "bn", "pyramid", "proposals", "contrast", "masks", "pooling", "family", "patches", "overlap", "count", "step"]:
+    for name in args.what or PARTS:
         with tempfile.TemporaryDirectory() as folder:
             globals()[name](args, folder)

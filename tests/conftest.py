@@ -61,7 +61,9 @@ def runs(mask):
 
 
 def write_scenes(folder, count, size=64, seed=0):
-    """Drawn scenes as PNG with COCO annotations, whose category ids are 10, 20, ...; keypoints are the pixels in a box's upper corners."""
+    """Drawn scenes as PNG with COCO annotations, whose category ids are 10, 20, ...; keypoints are the pixels in a
+    box's upper corners.
+    """
     shapes, names = common.Shapes(count, size, seed), list(common.SHAPE_CLASSES)
     folder = Path(folder)
     (folder / "images").mkdir(parents=True)
@@ -87,7 +89,8 @@ def write_checkpoint(path, method, model, arch):
             x.copy_(0.1 * torch.randn(len(x)))
         if name.endswith("running_var"):
             x.copy_(0.5 + torch.rand(len(x)))
-    common.save(path, model=model.state_dict(), optimizer={}, epoch=0, step=0, method=method, settings={"arch": arch}, generators={})
+    common.save(path, model=model.state_dict(), optimizer={}, epoch=0, step=0, method=method, settings={"arch": arch},
+                generators={})
     return path
 
 

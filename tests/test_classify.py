@@ -13,7 +13,8 @@ from sklearn.svm import LinearSVC
 import common
 import moco
 import soco
-from conftest import in_processes, rows, run_script, weights, without_speed, write_checkpoint, write_pictures, write_scenes
+from conftest import (in_processes, rows, run_script, weights, without_speed, write_checkpoint, write_pictures,
+                      write_scenes)
 from transfer import classify, convert
 
 run = partial(run_script, classify)
@@ -43,8 +44,9 @@ def blobs():
 # --- linear probe ---
 
 def test_linear_probe_agrees_with_scikit_learns_logistic_regression_to_a_point(tmp_path, monkeypatch):
-    """Pictures told apart by colors that overlap, so that neither 0 nor 1 is right. Training sees the middle of an image, as
-    the other does, and has some weight decay, so that both have one optimum to reach."""
+    """Pictures told apart by colors that overlap, so that neither 0 nor 1 is right. Training sees the middle of an
+    image, as the other does, and has some weight decay, so that both have one optimum to reach.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", 240), ("val", 300)):
         for i in range(count):
@@ -65,7 +67,8 @@ def test_linear_probe_agrees_with_scikit_learns_logistic_regression_to_a_point(t
             c2 = backbone(common.Photometric()(torch.stack(views)))[0]
         features.append((c2.mean(dim=(2, 3)).numpy(), labels.numpy()))
     (x, y), (x_val, y_val) = features
-    theirs = LogisticRegression(C=1 / (0.01 * 240), max_iter=5000).fit(x, y).score(x_val, y_val)  # of the sum, not the mean
+    # of the sum, not the mean
+    theirs = LogisticRegression(C=1 / (0.01 * 240), max_iter=5000).fit(x, y).score(x_val, y_val)
     assert 0.6 < theirs < 0.95 and rows(tmp_path / "out")[-1]["top1"] == pytest.approx(theirs, abs=0.01)
 
 
@@ -80,7 +83,8 @@ def test_linear_probe_leaves_the_backbone_as_it_is_bit_for_bit(pictures, tmp_pat
 def test_finetuning_changes_weights_and_statistics(pictures, tmp_path, monkeypatch):
     assert run(monkeypatch, *TINY, "--data", pictures, "--epochs", 1, "--protocol", "finetune", "--out", tmp_path) == 0
     after, before = weights(tmp_path), tiny_backbone().state_dict()
-    assert not any(torch.equal(after[f"backbone.{name}"], before[name]) for name in ("conv1.weight", "bn1.running_mean", "bn1.weight"))
+    assert not any(torch.equal(after[f"backbone.{name}"], before[name])
+                   for name in ("conv1.weight", "bn1.running_mean", "bn1.weight"))
 
 
 def test_settings_are_the_papers(monkeypatch):
@@ -106,7 +110,8 @@ def test_top1_and_top5_are_those_counted_by_hand(pictures):
         with torch.no_grad():
             scores = model.scores(classify.labeled_view(source.image(i), None, 32)["view"][None])[0]
         hits.append([(scores > scores[labels[i]]).sum().item() < k for k in (1, 5)])
-    assert [figures["top1"], figures["top5"]] == pytest.approx(np.mean(hits, axis=0).tolist()) and figures["top5"] > figures["top1"] > 0
+    assert [figures["top1"], figures["top5"]] == pytest.approx(np.mean(hits, axis=0).tolist())
+    assert figures["top5"] > figures["top1"] > 0
 
 
 # --- support vector machines ---
@@ -119,15 +124,18 @@ def test_svm_finds_the_weights_of_scikit_learns_linear_svc(blobs, cost):
     w = classify.linear_svm(torch.nn.functional.pad(x, (0, 1), value=1.0), y, cost, tol=1e-6)
     for k in range(4):
         used = y[:, k] != 0
-        theirs = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9, max_iter=10000).fit(x[used], y[used, k])
-        np.testing.assert_allclose(w[:, k], np.append(theirs.coef_[0], theirs.intercept_), atol=2e-3 * np.abs(theirs.coef_).max())
+        theirs = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9, max_iter=10000)
+        theirs.fit(x[used], y[used, k])
+        np.testing.assert_allclose(w[:, k], np.append(theirs.coef_[0], theirs.intercept_),
+                                   atol=2e-3 * np.abs(theirs.coef_).max())
 
 
 def test_svm_starts_where_another_cost_ended_and_ends_where_it_would_anyway(blobs):
     (x, label), _ = blobs
     y = torch.where(label[:, None] == torch.arange(4), 1.0, -1.0)
     start = classify.linear_svm(x, y, 0.01)
-    torch.testing.assert_close(classify.linear_svm(x, y, 1.0, start, tol=1e-6), classify.linear_svm(x, y, 1.0, tol=1e-6), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(classify.linear_svm(x, y, 1.0, start, tol=1e-6),
+                               classify.linear_svm(x, y, 1.0, tol=1e-6), rtol=1e-3, atol=1e-3)
 
 
 def test_svm_of_few_rows_and_many_columns(blobs):
@@ -142,12 +150,15 @@ def test_accuracy_is_scikit_learns_and_cost_the_best_of_its_cross_validation(blo
     (x, label), (x_val, label_val) = blobs
     truth = [2 * torch.nn.functional.one_hot(t, 4) - 1 for t in (label, label_val)]
     figures = classify.svm(x, truth[0], x_val, truth[1], single=True)
-    svc = lambda cost: [LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-7, max_iter=10000) for _ in range(4)]
+    svc = lambda cost: [LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-7, max_iter=10000)
+                        for _ in range(4)]
     def accuracy(cost, fit, held, x_held, label_held):
-        scores = [m.fit(x[fit], (label[fit] == k) * 2 - 1).decision_function(x_held[held]) for k, m in enumerate(svc(cost))]
+        scores = [m.fit(x[fit], (label[fit] == k) * 2 - 1).decision_function(x_held[held])
+                  for k, m in enumerate(svc(cost))]
         return (np.argmax(scores, axis=0) == label_held[held].numpy()).mean()
     fold = np.arange(600) % 3
-    crossed = {cost: np.mean([accuracy(cost, fold != f, fold == f, x, label) for f in range(3)]) for cost in classify.COSTS}
+    crossed = {cost: np.mean([accuracy(cost, fold != f, fold == f, x, label) for f in range(3)])
+               for cost in classify.COSTS}
     assert crossed[figures["cost"]] >= max(crossed.values()) - 0.004
     everything = np.ones(600, bool), np.ones(300, bool)
     assert figures["accuracy"] == pytest.approx(accuracy(figures["cost"], *everything, x_val, label_val), abs=0.007)
@@ -208,11 +219,13 @@ def test_ridge_takes_the_strength_that_leaving_each_row_out_in_turn_finds(blobs,
     noise[:, :6] += 8 * torch.cat([x[:60, :6], x_val[:50, :6]])
     x, y, x_val = noise[:60], torch.nn.functional.one_hot(label[:60]), noise[60:]
     scores = common.ridge(x, y, x_val)
-    x, x_val, y = ((x - x.mean(dim=0)) / x.std(dim=0)).numpy(), ((x_val - x.mean(dim=0)) / x.std(dim=0)).numpy(), y.numpy()
+    mean, std = x.mean(dim=0), x.std(dim=0)
+    x, x_val, y = ((x - mean) / std).numpy(), ((x_val - mean) / std).numpy(), y.numpy()
     hits, strengths = [], [60 * 10.0 ** k for k in range(-4, 4)]
     for strength in strengths:
         others = [np.arange(60) != i for i in range(60)]
-        hits.append(sum(slow_ridge(x[rest], y[rest], x[~rest], strength).argmax() == y[~rest].argmax() for rest in others))
+        hits.append(sum(slow_ridge(x[rest], y[rest], x[~rest], strength).argmax() == y[~rest].argmax()
+                        for rest in others))
     assert 0 < np.argmax(hits) < 7                                # there was a choice, and no end of it is best
     np.testing.assert_allclose(scores, slow_ridge(x, y, x_val, strengths[np.argmax(hits)]), rtol=1e-3, atol=1e-4)
 
@@ -228,13 +241,16 @@ def features_of_scenes(folder):
 
 
 def test_boxes_are_pooled_at_every_stage_where_they_are_and_in_two_processes_too(tmp_path):
-    """Pictures twice as wide as high, so that the two directions scale apart, against each stage cut out by `roi_align`."""
+    """Pictures twice as wide as high, so that the two directions scale apart, against each stage cut out by
+    `roi_align`.
+    """
     folder = write_scenes(tmp_path / "scenes", 5)
     shapes, backbone, expected = common.Shapes(5, 64), tiny_backbone(), {i: [] for i in range(4)}
     dataset = (folder / "annotations.json").read_text().replace('"width": 64', '"width": 128')
     dataset = json.loads(dataset)
     for annotation in dataset["annotations"]:
-        annotation["bbox"] = [2 * annotation["bbox"][0], annotation["bbox"][1], 2 * annotation["bbox"][2], annotation["bbox"][3]]
+        annotation["bbox"] = [2 * annotation["bbox"][0], annotation["bbox"][1], 2 * annotation["bbox"][2],
+                              annotation["bbox"][3]]
     (folder / "annotations.json").write_text(json.dumps(dataset))
     truth = []
     for i in range(5):
@@ -283,7 +299,8 @@ def test_objects_of_annotated_images_and_of_drawn_shapes_fill_a_table(tmp_path, 
              "--val", *[tmp_path / "val" / x for x in ("images", "annotations.json")]]
     monkeypatch.setattr(classify, "SHAPES", dict(size=48, unlabeled=64, train=150, val=100))
     for protocol in (flags, []):
-        assert run(monkeypatch, "--init", path, "--protocol", "objects", *protocol, "--boxes", 300, "--out", tmp_path / "out") == 0
+        assert run(monkeypatch, "--init", path, "--protocol", "objects", *protocol, "--boxes", 300, "--out",
+                   tmp_path / "out") == 0
         title, header, accuracy, precision = capsys.readouterr().out.splitlines()[-4:]
         assert header.split() == ["c2", "c3", "c4", "c5", "pyramid", "head"] and "12 classes" in title
         assert accuracy.split()[0] == "accuracy" and precision.split()[0] == "mAP"
@@ -302,12 +319,14 @@ def test_knn_shows_what_the_monitor_says_of_each_stage(pictures, monkeypatch, ca
 
 
 def test_a_checkpoint_fills_the_backbone(pictures, tmp_path, monkeypatch):
-    flags = ["--data", pictures, "--arch", "resnet18w0.25", "--size", 32, "--epochs", 1, "--batch-size", 16, "--queue", 32]
+    flags = ["--data", pictures, "--arch", "resnet18w0.25", "--size", 32, "--epochs", 1, "--batch-size", 16, "--queue",
+             32]
     assert run_script(moco, monkeypatch, *flags, "--out", tmp_path / "moco") == 0
     init = ["--init", tmp_path / "moco" / "last.pt", "--size", 32, "--batch-size", 16, "--data", pictures]
     assert run(monkeypatch, *init, "--epochs", 1, "--out", tmp_path / "out") == 0
     ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "moco")
-    assert all(torch.equal(x, ours[name.removeprefix("encoder_q.")]) for name, x in theirs.items() if name.startswith("encoder_q.backbone"))
+    assert all(torch.equal(x, ours[name.removeprefix("encoder_q.")])
+               for name, x in theirs.items() if name.startswith("encoder_q.backbone"))
 
 
 # --- processes and resuming ---
@@ -320,13 +339,15 @@ def everything(folder, out):
     x, at = classify.pooled(backbone, source, 4, args, CPU)
     logs = []
     for protocol in ("linear", "finetune"):
-        sys.argv = [str(v) for v in ("classify.py", *TINY, "--data", folder, "--protocol", protocol, "--epochs", 1, "--lr", 0.01,
+        sys.argv = [str(v) for v in ("classify.py", *TINY, "--data", folder, "--protocol", protocol, "--epochs", 1,
+                                     "--lr", 0.01,
                                      "--print-every", 1, "--out", f"{out}/{protocol}{common.world_size()}")]
         args = classify.arguments()
         common.seed_everything(args.seed)
         classify.classify_images(args, convert.backbone(args, common.SyncBatchNorm), CPU)
         common.barrier()
-        logs.append([(row["step"], row.get("loss", row.get("top1"))) for row in rows(f"{out}/{protocol}{common.world_size()}")])
+        logs.append([(row["step"], row.get("loss", row.get("top1")))
+                     for row in rows(f"{out}/{protocol}{common.world_size()}")])
     return x.numpy(), at.tolist(), logs
 
 
@@ -419,8 +440,10 @@ def voc_lacks(data):
 
 
 @pytest.mark.parametrize("make, message", [
-    (one_class, "one class"), (strange_class, "not among the training classes"), (no_val, "no such folder"), (no_train, "no such folder"),
-    (unsorted, "folders named by class"), (other_arch, "leave --arch out"), (small, "do not fill a batch"), (voc_linear, "take --protocol svm"),
+    (one_class, "one class"), (strange_class, "not among the training classes"), (no_val, "no such folder"),
+    (no_train, "no such folder"),
+    (unsorted, "folders named by class"), (other_arch, "leave --arch out"), (small, "do not fill a batch"),
+    (voc_linear, "take --protocol svm"),
     (voc_torn, "cannot be read as VOC's"), (voc_lacks, "000003.jpg")])
 def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, make, message):
     data = tmp_path / "data"

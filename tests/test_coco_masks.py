@@ -15,7 +15,9 @@ from transfer import coco_masks
 
 
 def packed(counts):
-    """COCO's packed run lengths, from the rule: 5 bits a character, lowest first; from the fourth on, less the one two before."""
+    """COCO's packed run lengths, from the rule: 5 bits a character, lowest first; from the fourth on, less the one two
+    before.
+    """
     text = ""
     for k, count in enumerate(counts):
         value, more = count - (counts[k - 2] if k > 2 else 0), True
@@ -38,7 +40,8 @@ def test_run_lengths_plain_and_packed_give_the_mask_back(seed):
 def test_packed_run_lengths_are_read_as_pycocotools_writes_them():
     mask = np.zeros((4, 5), bool)
     mask[1:3, 1:4] = True
-    assert np.array_equal(coco_masks.decode({"size": [4, 5], "counts": "5220003"}, None), mask)  # its mask.encode of this
+    # its mask.encode of this
+    assert np.array_equal(coco_masks.decode({"size": [4, 5], "counts": "5220003"}, None), mask)
 
 
 def test_polygons_are_filled():
@@ -67,20 +70,26 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):
         Image.new("RGB", (30, 20)).save(tmp_path / "images" / name)
     one, two = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     one[2:5, 3:9], two[4:18, 5:25] = True, True
-    annotation = lambda mask, crowd=0: {"image_id": 7, "iscrowd": crowd, "area": int(mask.sum()), "segmentation": {"size": [20, 30], "counts": runs(mask)}}
-    dataset = {"images": [{"id": 7, "file_name": "a/1.jpg", "width": 30, "height": 20}, {"id": 8, "file_name": "2.jpg", "width": 30, "height": 20}],
+    annotation = lambda mask, crowd=0: {"image_id": 7, "iscrowd": crowd, "area": int(mask.sum()),
+                                        "segmentation": {"size": [20, 30], "counts": runs(mask)}}
+    dataset = {"images": [{"id": 7, "file_name": "a/1.jpg", "width": 30, "height": 20},
+                          {"id": 8, "file_name": "2.jpg", "width": 30, "height": 20}],
              "annotations": [annotation(one), annotation(two), annotation(~two, crowd=1)]}
     (tmp_path / "annotations.json").write_text(json.dumps(dataset))
-    command = [sys.executable, str(ROOT / "transfer" / "coco_masks.py"), str(tmp_path / "annotations.json"), str(tmp_path / "images"), str(tmp_path / "masks")]
+    command = [sys.executable, str(ROOT / "transfer" / "coco_masks.py"), str(tmp_path / "annotations.json"),
+               str(tmp_path / "images"), str(tmp_path / "masks")]
     assert "1 images have no object" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     source = common.ImageFolder(tmp_path / "images")
     i = [source.name(k) for k in range(2)].index("a/1.jpg")
     mask = detcon.read_mask(source.image(i), tmp_path / "masks", source)
-    assert mask.dtype == np.uint16 and np.array_equal(mask & 1 > 0, two) and np.array_equal(mask >> 1 & 1 > 0, one) and mask.max() < 4
+    assert mask.dtype == np.uint16 and np.array_equal(mask & 1 > 0, two) and np.array_equal(mask >> 1 & 1 > 0, one)
+    assert mask.max() < 4
     dataset["categories"] = [{"id": 9}, {"id": 4}]
     for annotation, category in zip(dataset["annotations"], (9, 4, 9)):
         annotation["category_id"] = category
-    dataset["annotations"].append({**dataset["annotations"][1], "segmentation": {"size": [20, 30], "counts": runs(np.ones((20, 30), bool))}, "area": 600})
+    dataset["annotations"].append({**dataset["annotations"][1],
+                                   "segmentation": {"size": [20, 30], "counts": runs(np.ones((20, 30), bool))},
+                                   "area": 600})
     (tmp_path / "annotations.json").write_text(json.dumps(dataset))
     subprocess.run([*command[:2], "--labels", *command[2:4], str(tmp_path / "labels")], check=True)
     label = np.asarray(Image.open(tmp_path / "labels" / "a" / "1.png"))

@@ -271,7 +271,9 @@ def slow_dm_pix(x, op, factor, hue):
 
 
 def noise_and_flat_colors(n, size=9):
-    """Pictures [N, 3, S, S] in [0, 1]: noise, then the corners of the color cube, where hue or saturation are undefined."""
+    """Pictures [N, 3, S, S] in [0, 1]: noise, then the corners of the color cube, where hue or saturation are
+    undefined.
+    """
     x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
     x[:, :, 0, :8] = corners.T
@@ -279,7 +281,8 @@ def noise_and_flat_colors(n, size=9):
     return x
 
 
-@pytest.mark.parametrize("op, factors", [(0, (0.2, 0.7, 1, 1.8)), (1, (0.2, 0.7, 1, 1.8)), (2, (0, 0.5, 1, 1.8)), (3, (1,))])
+@pytest.mark.parametrize("op, factors", [(0, (0.2, 0.7, 1, 1.8)), (1, (0.2, 0.7, 1, 1.8)), (2, (0, 0.5, 1, 1.8)),
+                                         (3, (1,))])
 def test_each_jitter_of_dm_pix_equals_its_formula_pixel_by_pixel(op, factors):
     photometric = common.Photometric(0.8, 0.8, 0.8, 0.2, family="dm_pix")
     for factor, turn in zip(factors, (0.15, -0.2, 0.0, 0.07)):
@@ -329,7 +332,8 @@ def test_photometric_gives_each_sample_its_own_draw_and_normalizes():
     out = common.Photometric(brightness=0.4)(x)
     assert len({round(v, 5) for v in out.mean(dim=(1, 2, 3)).tolist()}) == 6
     plain = common.Photometric()(x)
-    torch.testing.assert_close(plain[0, :, 0, 0], (torch.tensor([100 / 255] * 3) - torch.tensor(common.MEAN)) / torch.tensor(common.STD))
+    torch.testing.assert_close(plain[0, :, 0, 0], (torch.tensor([100 / 255] * 3) - torch.tensor(common.MEAN))
+                               / torch.tensor(common.STD))
     assert plain.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(common.denormalize(plain), x / 255)
     with torch.autocast("cpu", torch.bfloat16):

@@ -23,7 +23,8 @@ def data(tmp_path):
     for part, count in (("train", 20), ("val", 4)):
         write_scenes(tmp_path / part, count, seed=count)
     source = lambda part: [tmp_path / part / "images", tmp_path / part / "annotations.json"]
-    return ["--data", tmp_path / "train" / "images", "--train", *source("train"), "--val", *source("val"), "--out", tmp_path / "out"]
+    return ["--data", tmp_path / "train" / "images", "--train", *source("train"), "--val", *source("val"), "--out",
+            tmp_path / "out"]
 
 
 def planned(monkeypatch, flags, method, seed=0):
@@ -73,7 +74,8 @@ def test_a_share_of_the_labels_is_of_whole_images_and_another_seed_draws_others(
         for seed in range(2):
             few = json.loads(shares[0.1, seed][0].read_text())
             drawn.append({image["id"] for image in few["images"]})
-            assert few["annotations"] == [annotation for annotation in every["annotations"] if annotation["image_id"] in drawn[-1]]
+            assert few["annotations"] == [annotation for annotation in every["annotations"]
+                                          if annotation["image_id"] in drawn[-1]]
             assert len(drawn[-1]) == shares[0.1, seed][1] == 2
             assert len(coco.CocoFolder(folder / "images", shares[0.1, seed][0], training=True)) == 2
     assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
@@ -99,7 +101,8 @@ import json, pathlib, sys
 if BROKEN in sys.argv[1]: print("out of luck"); sys.exit(2)
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]); out.mkdir(parents=True, exist_ok=True)
 seed = int(sys.argv[sys.argv.index("--seed") + 1])
-with open(out.parents[1 if "AP" in out.name else 0] / "runs.txt", "a") as file: print(sys.argv[1], *sys.argv[2:], file=file)
+folder = out.parents[1 if "AP" in out.name else 0]
+with open(folder / "runs.txt", "a") as file: print(sys.argv[1], *sys.argv[2:], file=file)
 if "detect" in sys.argv[1]: (out / "log.jsonl").write_text(json.dumps({"step": 1, "AP": 10.0 + 2 * seed}))
 elif "classify" in sys.argv[1]: (out / (sys.argv[sys.argv.index("--protocol") + 1] + ".json")).write_text(
     json.dumps({"title": "", **{f"c{k}": {"accuracy": k / 10 + seed / 100} for k in (2, 3, 4, 5)}}))
@@ -108,7 +111,8 @@ elif "classify" in sys.argv[1]: (out / (sys.argv[sys.argv.index("--protocol") + 
 
 def stand_in(monkeypatch, broken="nothing"):
     code = FAKE.replace("BROKEN", repr(broken))
-    monkeypatch.setattr(compare, "script", lambda name, *flags, several=True: [sys.executable, "-c", code, name, *map(str, flags)])
+    monkeypatch.setattr(compare, "script",
+                        lambda name, *flags, several=True: [sys.executable, "-c", code, name, *map(str, flags)])
 
 
 def test_the_table_has_mean_and_deviation_over_seeds_and_nothing_is_done_twice(data, tmp_path, monkeypatch, capsys):
@@ -124,7 +128,8 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_nothing_is_done_twice(d
     table = [line for line in lines if line.startswith("|")]
     assert table[0] == "| | c2 | c3 | c4 | c5 | AP 10% | AP 100% |"
     scores = "20.5 ± 0.7 | 30.5 ± 0.7 | 40.5 ± 0.7 | 50.5 ± 0.7"                          # of 20, 21; 30, 31; ...
-    assert table[2:] == [f"| random | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |", f"| moco | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
+    assert table[2:] == [f"| random | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
+                         f"| moco | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
                          f"| supervised | {scores} |  |  |"]
     done = (tmp_path / "out" / "runs.txt").read_text()
     assert run(monkeypatch, *flags) == 0 and (tmp_path / "out" / "runs.txt").read_text() == done
@@ -134,12 +139,14 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_nothing_is_done_twice(d
 
 def test_a_bar_is_as_high_as_its_figure():
     sheet = np.asarray(page.bars("", {"a": (10, 0), "b": (20, 0)}, ["a", "b"]))
-    height = [(sheet == np.array([int(ink[k:k + 2], 16) for k in (1, 3, 5)])).all(axis=2).any(axis=1).sum() for ink in page.INK[:2]]
+    height = [(sheet == np.array([int(ink[k:k + 2], 16) for k in (1, 3, 5)])).all(axis=2).any(axis=1).sum()
+              for ink in page.INK[:2]]
     assert height[1] == pytest.approx(2 * height[0], abs=3) and height[0] > 50
 
 
 def test_wrong_flags_end_with_one_line(tmp_path, monkeypatch, capsys):
-    for flags, says in ((["--data", tmp_path], "go together"), (["--seeds", 0], "at least 1"), (["--methods", "byol"], "invalid choice")):
+    for flags, says in ((["--data", tmp_path], "go together"), (["--seeds", 0], "at least 1"),
+                        (["--methods", "byol"], "invalid choice")):
         assert run(monkeypatch, *flags) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1

@@ -69,7 +69,8 @@ def same_type(value, default):
 def table():
     """The rows of README's table: the cells of each line that begins with a configuration's name."""
     text = (ROOT / "transfer" / "README.md").read_text().partition("### Which table is it?")[2].partition("\n### ")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if re.match(r"\| `", line)]
+    return [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if re.match(r"\| `", line)]
 
 
 # --- The files -------------------------------------------------------------------------------------------------------
@@ -106,9 +107,11 @@ def test_images_are_rgb_and_every_layer_is_trained_with_synchronised_bn(name):
 
 def test_images_are_normalized_as_in_pre_training():
     from common import Photometric
-    keys, seen = resolved("coco-fpn-1x"), torch.tensor([[[[0]], [[128]], [[255]]]], dtype=torch.uint8).expand(1, 3, 32, 32)
-    ours = Photometric()(seen)[0, :, 0, 0]                                   # no augmentation asked for: it only normalizes
-    theirs = [(x - mean) / std for x, mean, std in zip((0, 128, 255), keys["MODEL.PIXEL_MEAN"], keys["MODEL.PIXEL_STD"])]
+    keys = resolved("coco-fpn-1x")
+    seen = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    ours = Photometric()(seen)[0, :, 0, 0]  # no augmentation asked for: it only normalizes
+    theirs = [(x - mean) / std for x, mean, std in zip((0, 128, 255), keys["MODEL.PIXEL_MEAN"],
+                                                       keys["MODEL.PIXEL_STD"])]
     assert torch.allclose(ours, torch.tensor(theirs), atol=1e-4)
 
 
@@ -157,7 +160,8 @@ def test_settings_that_a_paper_gives_are_those_of_the_paper():
         elif name.startswith("detcon"):                                     # DetCon A.1, A.3
             lr = 0.2 if "r101" in name else 0.3
             check(name, BASE_LR=lr, WEIGHT_DECAY=4e-5, WARMUP_ITERS=500, IMS_PER_BATCH=64, STEPS=steps)
-            assert resolved(name)["INPUT.SCALE_JITTER"] == [0.8, 1.25] and resolved(name)["INPUT.MAX_SIZE_TRAIN"] == 1024
+            assert resolved(name)["INPUT.SCALE_JITTER"] == [0.8, 1.25]
+            assert resolved(name)["INPUT.MAX_SIZE_TRAIN"] == 1024
     check("voc-c4-24k", BASE_LR=0.02, WEIGHT_DECAY=1e-4, STEPS=[24000 * 3 // 4, 24000 * 11 // 12])  # SoCo Sec. 4.2
     sizes = resolved("voc-c4-24k")["INPUT.MIN_SIZE_TRAIN"]
     assert (min(sizes), max(sizes), resolved("voc-c4-24k")["INPUT.MIN_SIZE_TEST"]) == (480, 800, 800)  # MoCo Sec. 4.2.1
@@ -246,7 +250,8 @@ def test_a_draw_is_the_same_again_and_in_whatever_order_the_images_come():
     assert train_net.draw(images, 5, 0) == first
     ids = lambda drawn: {image["image_id"] for image in drawn}
     assert ids(train_net.draw(shuffled, 5, 0)) == ids(first)
-    by_hash = sorted((image["image_id"] for image in images), key=lambda i: hashlib.sha256(f"0 {i}".encode()).hexdigest())
+    by_hash = sorted((image["image_id"] for image in images),
+                     key=lambda i: hashlib.sha256(f"0 {i}".encode()).hexdigest())
     assert ids(first) == set(by_hash[:50])                                  # so on every machine
 
 
@@ -271,8 +276,10 @@ def test_the_name_of_a_share_says_its_percentage_and_seed():
 
 def test_without_detectron2_train_net_says_so_in_one_line(tmp_path):
     (tmp_path / "detectron2").mkdir()
-    (tmp_path / "detectron2" / "__init__.py").write_text("raise ImportError('not today')")  # where one is installed as well
-    command = [sys.executable, str(ROOT / "transfer" / "train_net.py"), "--config-file", str(FOLDER / "coco-fpn-1x.yaml")]
+    # where one is installed as well
+    (tmp_path / "detectron2" / "__init__.py").write_text("raise ImportError('not today')")
+    command = [sys.executable, str(ROOT / "transfer" / "train_net.py"), "--config-file",
+               str(FOLDER / "coco-fpn-1x.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Detectron2 cannot be imported (not today)" in done.stderr

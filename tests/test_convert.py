@@ -1,4 +1,6 @@
-"""transfer/convert.py: every tensor finds its place in Detectron2's and torchvision's models, and gives the same features there."""
+"""transfer/convert.py: every tensor finds its place in Detectron2's and torchvision's models, and gives the same
+features there.
+"""
 import json
 import pickle
 import re
@@ -54,16 +56,19 @@ def detectron2_list(name):
     return json.loads((ROOT / "tests" / "detectron2" / f"{name}.json").read_text())
 
 
-HEADS = r"proposal_generator\.|roi_heads\.(box_predictor|mask_head|keypoint_head)\.|head\.(cls|bbox)_|backbone\.top_block\."
+HEADS = (r"proposal_generator\.|roi_heads\.(box_predictor|mask_head|keypoint_head)\.|head\.(cls|bbox)_|"
+         r"backbone\.top_block\.")
 PYRAMID = r"|backbone\.fpn_|roi_heads\.box_head\."
 
 
 @pytest.mark.parametrize("method, model, new", [
-    ("soco", "mask_rcnn_R50_FPN_4conv1fc", HEADS), ("soco-c4", "mask_rcnn_R50_C4", HEADS), ("soco-c4", "faster_rcnn_R50_C4", HEADS),
-    ("moco", "faster_rcnn_R50_C4", HEADS), ("detco", "mask_rcnn_R50_FPN", HEADS + PYRAMID), ("dupr", "retinanet_R50_FPN", HEADS + PYRAMID),
+    ("soco", "mask_rcnn_R50_FPN_4conv1fc", HEADS), ("soco-c4", "mask_rcnn_R50_C4", HEADS),
+    ("soco-c4", "faster_rcnn_R50_C4", HEADS),
+    ("moco", "faster_rcnn_R50_C4", HEADS), ("detco", "mask_rcnn_R50_FPN", HEADS + PYRAMID),
+    ("dupr", "retinanet_R50_FPN", HEADS + PYRAMID),
     ("detcon", "keypoint_rcnn_R50_FPN", HEADS + PYRAMID)])
-def test_all_tensors_have_one_place_of_their_shape_in_detectron2_and_only_new_layers_stay_empty(checkpoints, method, model, new, tmp_path,
-                                                                                              monkeypatch):
+def test_all_tensors_have_one_place_of_their_shape_in_detectron2_and_only_new_layers_stay_empty(
+        checkpoints, method, model, new, tmp_path, monkeypatch):
     places = detectron2_list(model)
     assert run(monkeypatch, checkpoints(method)[0], tmp_path / "out.pkl") == 0
     with open(tmp_path / "out.pkl", "rb") as file:
@@ -84,10 +89,12 @@ def test_the_pkl_names_numpy_as_older_detectron2s_know_it(checkpoints, tmp_path,
 
 
 def detectron2_forward(w, x, boxes):
-    """Detectron2's R50-FPN with a 4conv1fc box head, in evaluation, written out with its names: x [N, 3, H, W] -> {stage or level:
-    features}, and, of boxes [n, 5] (image, xyxy) pooled at P3, what fc1 gives."""
+    """Detectron2's R50-FPN with a 4conv1fc box head, in evaluation, written out with its names: x [N, 3, H, W] ->
+    {stage or level: features}, and, of boxes [n, 5] (image, xyxy) pooled at P3, what fc1 gives.
+    """
     conv = lambda name, x, **kw: norm(f"{name}.norm", F.conv2d(x, w[f"{name}.weight"], **kw))
-    norm = lambda name, x: F.batch_norm(x, *(w[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")))
+    norm = lambda name, x: F.batch_norm(x, *(w[f"{name}.{part}"]
+                                             for part in ("running_mean", "running_var", "weight", "bias")))
     out = {}
     x = F.max_pool2d(conv("stem.conv1", x, stride=2, padding=3).relu(), 3, 2, 1)
     for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3)):
@@ -134,7 +141,8 @@ def test_a_picture_and_a_box_give_the_same_feature_through_fc1_before_and_after(
     detector = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).eval()
     report = detector.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=False)
     assert not report.unexpected_keys
-    assert {name.split(".")[0] + "." + name.split(".")[1] for name in report.missing_keys} == {"rpn.head", "roi_heads.box_predictor"}
+    assert {name.split(".")[0] + "." + name.split(".")[1]
+            for name in report.missing_keys} == {"rpn.head", "roi_heads.box_predictor"}
     after = detector.backbone(x)
     assert all(close(after[str(k)], pyramid[k]) for k in range(4))
     pooled = torchvision.ops.roi_align(after["1"], rois, 7, 1 / 8, aligned=True)
@@ -148,7 +156,8 @@ def test_stage_features_are_the_same_in_torchvision_and_detectron2(checkpoints, 
     online = (model.online if hasattr(model, "online") else model.encoder_q).eval()
     x = torch.randn(1, 3, 64, 64)
     stages = online.backbone(x)
-    assert run(monkeypatch, path, tmp_path / "out.pth", "--to", "resnet") == run(monkeypatch, path, tmp_path / "out.pkl") == 0
+    assert run(monkeypatch, path, tmp_path / "out.pth", "--to",
+               "resnet") == run(monkeypatch, path, tmp_path / "out.pkl") == 0
     resnet = torchvision.models.resnet50().eval()
     report = resnet.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=False)
     assert report.missing_keys == ["fc.weight", "fc.bias"] and not report.unexpected_keys
@@ -165,7 +174,7 @@ def test_a_pyramid_lands_level_by_level_where_torchvision_begins_at_p3(checkpoin
     path, model = checkpoints("soco")
     run(monkeypatch, path, tmp_path / "out.pth", "--to", "torchvision-p3")
     tensors = torch.load(tmp_path / "out.pth", weights_only=True)
-    norms = {name for name in tensors if re.search(r"blocks\.\d\.1\.", name)}             # theirs has no norms in the pyramid
+    norms = {name for name in tensors if re.search(r"blocks\.\d\.1\.", name)}  # theirs has no norms in the pyramid
     network = detector(weights=None, weights_backbone=None, trainable_backbone_layers=5)
     report = network.load_state_dict({k: v for k, v in tensors.items() if k not in norms}, strict=False)
     assert not report.unexpected_keys
@@ -208,13 +217,15 @@ def bad(tmp_path, kind):
     elif kind == "tensors":
         torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "last.pt")
     elif kind == "no target":
-        write_checkpoint(tmp_path / "last.pt", "detcon", detcon.DetCon("resnet18w0.25", "s", 64, hidden=8, dim=8), "resnet18w0.25")
+        write_checkpoint(tmp_path / "last.pt", "detcon", detcon.DetCon("resnet18w0.25", "s", 64, hidden=8, dim=8),
+                         "resnet18w0.25")
     elif kind == "detector":
         write_checkpoint(tmp_path / "last.pt", "detect", nn.Linear(2, 2), "resnet18w0.25")
     return tmp_path / "last.pt"
 
 
-@pytest.mark.parametrize("kind, says", [("missing", "cannot be read"), ("text", "cannot be read"), ("tensors", "conv1.weight is [1] there"),
+@pytest.mark.parametrize("kind, says", [("missing", "cannot be read"), ("text", "cannot be read"),
+                                        ("tensors", "conv1.weight is [1] there"),
                                         ("no target", "--part online"), ("detector", "is of detect")])
 def test_what_is_no_checkpoint_of_ours_is_refused_with_one_line(tmp_path, monkeypatch, capsys, kind, says):
     path = bad(tmp_path, kind)

@@ -67,10 +67,14 @@ def test_every_kind_of_file_comes_out_as_upright_rgb(tmp_path, photograph):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     turned = color.transpose(Image.Transpose.ROTATE_90)
-    color.save(tmp_path / "rgb.png"), alpha.save(tmp_path / "alpha.png"), color.save(tmp_path / "rgb.webp", lossless=True)
+    color.save(tmp_path / "rgb.png")
+    alpha.save(tmp_path / "alpha.png")
+    color.save(tmp_path / "rgb.webp", lossless=True)
     color.quantize(256).save(tmp_path / "palette.png", transparency=3)
     color.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
-    color.convert("L").save(tmp_path / "gray.jpg", quality=98), gray16.save(tmp_path / "gray16.png"), gray16.save(tmp_path / "gray16.tif")
+    color.convert("L").save(tmp_path / "gray.jpg", quality=98)
+    gray16.save(tmp_path / "gray16.png")
+    gray16.save(tmp_path / "gray16.tif")
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=98), turned.save(tmp_path / "turned.png", exif=exif)
     (tmp_path / "bit.bmp").parent.mkdir(exist_ok=True), color.convert("1").save(tmp_path / "bit.bmp")
     folder = common.ImageFolder(tmp_path)
@@ -220,7 +224,8 @@ def slow_knn(train, val, size, k, temperature):
         out = []
         for i in range(len(source)):
             view = source.image(i).crop([common.center_crop(source.image(i).size)], [size])[0]
-            x = (torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255 - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(common.STD).view(3, 1, 1)
+            x = (torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255
+                 - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(common.STD).view(3, 1, 1)
             out.append(F.normalize(F.adaptive_avg_pool2d(x, 4).flatten(), dim=0))
         return out
     (bank, labels), (queries, truth) = ((rows(source), source.labels()[0].tolist()) for source in (train, val))

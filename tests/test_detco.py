@@ -40,7 +40,7 @@ def plain(model):
 
 def test_running_statistics_are_those_of_whole_views():
     model, views = tiny(), a_batch()
-    views["p_q"] //= 8                                                                    # dark patches: other statistics
+    views["p_q"] //= 8  # dark patches: other statistics
     views["p_k"] //= 8
     before = model.encoder_q.backbone.bn1.running_mean.clone()
     model.photometric = common.Photometric()
@@ -48,7 +48,8 @@ def test_running_statistics_are_those_of_whole_views():
     for encoder, x in ((model.encoder_q, views["x_q"]), (model.encoder_k, views["x_k"])):
         norm = encoder.backbone.bn1
         seen = encoder.backbone.conv1(model.photometric(x)).mean(dim=(0, 2, 3))
-        assert torch.allclose(norm.running_mean, before + 0.1 * (seen - before), atol=1e-6) and norm.num_batches_tracked == 1
+        assert torch.allclose(norm.running_mean, before + 0.1 * (seen - before), atol=1e-6)
+        assert norm.num_batches_tracked == 1
 
 
 # --- views ---
@@ -99,7 +100,8 @@ def encode_slowly(encoder, x, region, corners, patch):
     g, local = [[] for _ in encoder.stages], [[] for _ in encoder.stages]
     for n in range(len(x)):
         stages = encoder.backbone(norm(x[n:n + 1]))
-        nine = [encoder.backbone(norm(region[n:n + 1])[:, :, y:y + patch, x_:x_ + patch]) for x_, y in corners[n].tolist()]
+        nine = [encoder.backbone(norm(region[n:n + 1])[:, :, y:y + patch, x_:x_ + patch])
+                for x_, y in corners[n].tolist()]
         for j, i in enumerate(encoder.stages):
             g[j].append(unit(encoder.mlp_global[j](stages[i].mean((2, 3)))))
             local[j].append(unit(encoder.mlp_local[j](torch.cat([f[i].mean((2, 3)) for f in nine], dim=1))))
@@ -123,7 +125,8 @@ def test_loss_equals_equations_1_to_5_written_out_slowly(share):
         total += w * (nce(q_g[i], k_g[i], g) + nce(q_l[i], k_l[i], local) + nce(q_l[i], k_g[i], g))
     assert loss.item() == pytest.approx(total, rel=1e-4)
     model.update()
-    torch.testing.assert_close(model.queue_global[0].keys[:4], k_g[0], atol=1e-5, rtol=1e-4)  # in the order of the batch
+    # in the order of the batch
+    torch.testing.assert_close(model.queue_global[0].keys[:4], k_g[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.queue_local[-1].keys[8 if share else 0:][:4], k_l[-1], atol=1e-5, rtol=1e-4)
 
 
@@ -131,7 +134,8 @@ def test_without_patches_and_with_the_last_stage_alone_it_is_moco_v2():
     common.seed_everything(1)
     theirs = moco.MoCo("resnet18w0.25", 60, dim=16, queue=40, bn_splits=2)
     ours = tiny(weights=[0.0, 0.0, 0.0, 1.0], local=False, bn_splits=2)
-    state = {name.replace("projector", "mlp_global.0").replace("queue.", "queue_global.0."): x for name, x in theirs.state_dict().items()}
+    state = {name.replace("projector", "mlp_global.0").replace("queue.", "queue_global.0."): x
+             for name, x in theirs.state_dict().items()}
     ours.load_state_dict(state)
     batch, results = a_batch(), []
     for model in (theirs, ours):
@@ -158,7 +162,8 @@ def test_a_stage_of_weight_0_has_no_head_and_the_heads_are_apart():
 def test_the_nine_patches_of_a_batch_pass_the_backbone_at_once():
     model, passes = tiny(), []
     for name in ("encoder_q", "encoder_k"):
-        getattr(model, name).backbone.register_forward_hook(lambda module, x, y, name=name: passes.append((name, len(x[0]))))
+        record = lambda module, x, y, name=name: passes.append((name, len(x[0])))
+        getattr(model, name).backbone.register_forward_hook(record)
     loss, _ = model(a_batch())
     assert passes == [("encoder_q", 8), ("encoder_q", 72), ("encoder_k", 8), ("encoder_k", 72)]
     loss.backward()
@@ -181,10 +186,12 @@ def test_the_shuffle_covers_views_and_patches_and_is_undone():
 
 def test_regions_are_60_percent_or_more_and_views_are_mirrored_half_of_the_time():
     ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 300)), np.zeros((300, 300))], axis=-1)
-    image, rng, areas, flips = common.LazyImage(Image.fromarray(ramp.astype(np.uint8)), 0), np.random.default_rng(0), [], []
+    image = common.LazyImage(Image.fromarray(ramp.astype(np.uint8)), 0)
+    rng, areas, flips = np.random.default_rng(0), [], []
     for _ in range(200):
         batch = detco.views(image, rng, 64, 0.2)
-        areas.append([np.prod([np.ptp(batch[name][k].numpy()) / 255 for k in (0, 1)]) for name in ("x_q", "p_q", "p_k")])
+        areas.append([np.prod([np.ptp(batch[name][k].numpy()) / 255 for k in (0, 1)])
+                      for name in ("x_q", "p_q", "p_k")])
         flips.append([bool(batch[name][0, 0, 0] > batch[name][0, 0, -1]) for name in ("x_q", "x_k", "p_q", "p_k")])
     assert np.min(areas, axis=0)[0] < 0.3 and np.min(areas, axis=0)[1:].min() > 0.54
     assert np.mean(flips, axis=0) == pytest.approx([0.5] * 4, abs=0.12)
@@ -219,7 +226,8 @@ def test_two_processes_equal_one(step):
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--queue", "32",
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16",
+            "--queue", "32",
             "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
 
 
@@ -236,7 +244,8 @@ def test_a_run_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "detco.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "detco.py")]
     plan = arguments(pictures, tmp_path, "--epochs", 2)
     done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -244,7 +253,8 @@ def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, 
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("more", [["--no-local"], ["--no-local", "--weights", 0, 0, 0, 1], ["--share-queue"], ["--amp", "bf16"]])
+@pytest.mark.parametrize("more", [["--no-local"], ["--no-local", "--weights", 0, 0, 0, 1], ["--share-queue"],
+                                  ["--amp", "bf16"]])
 def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 3, *more)) == 0
 

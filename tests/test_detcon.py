@@ -32,7 +32,8 @@ def slow_loss(pred1, pred2, target1, target2, ids1, ids2, temperature):
     n, m, _ = pred1.shape
     unit = lambda v: v / v.norm()
     total = 0
-    for pred, other, own, ids, other_ids in [(pred1, target2, target1, ids1, ids2), (pred2, target1, target2, ids2, ids1)]:
+    for pred, other, own, ids, other_ids in [(pred1, target2, target1, ids1, ids2),
+                                             (pred2, target1, target2, ids2, ids1)]:
         for image in range(n):
             drawn = {}
             for k in ids[image].tolist():
@@ -64,7 +65,7 @@ def test_loss_and_gradients_equal_the_slow_version_with_loops_and_dictionaries(m
 @pytest.mark.parametrize("case", ["usual", "few_regions", "some_unpaired", "one_image", "one_mask"])
 @pytest.mark.parametrize("variant", ["s", "b"])
 def test_loss_and_gradients_equal_those_of_the_released_code(case, variant):
-    with np.load(Path(__file__).with_name("detcon_loss.npz")) as released:                # float64, but float32 in places
+    with np.load(Path(__file__).with_name("detcon_loss.npz")) as released:  # float64, but float32 in places
         get = lambda name: torch.from_numpy(np.asarray(released[f"{case}/{name}"]))
         p1, p2, t1, t2 = (get(name).requires_grad_() for name in ("pred1", "pred2", "target1", "target2"))
         ids = get("ids1"), get("ids2")
@@ -93,7 +94,8 @@ def test_one_global_mask_is_simclrs_nt_xent():
     for i in range(12):                                                # Chen et al. 2020, Eq. 1
         scores = {j: math.exp((z[i] @ z[j]).item() / 0.1) for j in range(12) if j != i}
         total -= math.log(scores[(i + 6) % 12] / sum(scores.values())) / 12
-    assert detcon.detcon_loss(z1, z2, z1, z2, ids, ids, 0.1).item() == pytest.approx(2 * total, rel=1e-6)  # both ways added
+    # both ways added
+    assert detcon.detcon_loss(z1, z2, z1, z2, ids, ids, 0.1).item() == pytest.approx(2 * total, rel=1e-6)
 
 
 def test_a_mask_that_the_other_view_lacks_has_no_loss_but_is_a_negative():
@@ -144,7 +146,8 @@ def slow_shares(mask, cells):
 
 def three_masks(rng, size):
     """Labels, three sets of labels and overlapping bits, in patches and with single pixels."""
-    patches = lambda high, *more: np.kron(rng.integers(0, high, (6, 6, *more)), np.ones((size // 6, size // 6, *[1] * len(more)), int))
+    patches = lambda high, *more: np.kron(rng.integers(0, high, (6, 6, *more)),
+                                          np.ones((size // 6, size // 6, *[1] * len(more)), int))
     masks = patches(9).astype(np.uint8), patches(5, 3).astype(np.uint8), patches(1 << 16).astype(np.uint16)
     for mask in masks:
         mask[rng.integers(size, size=20), rng.integers(size, size=20)] = 200
@@ -156,7 +159,8 @@ def three_masks(rng, size):
 def test_shares_of_cells_equal_those_counted_region_by_region(hard):
     for mask in three_masks(np.random.default_rng(0), 96):
         share, slow = detcon.shares(mask, 3, hard), slow_shares(mask, 3)
-        sets = [range(16)] if mask.dtype == np.uint16 else [range(256 * c, 256 * c + 256) for c in range(len(share) // 256)]
+        sets = [range(16)] if mask.dtype == np.uint16 else [range(256 * c, 256 * c + 256)
+                                                            for c in range(len(share) // 256)]
         for regions in sets:
             for i, j in np.ndindex(3, 3):
                 cell = {k: slow[k][i, j] for k in regions}
@@ -179,7 +183,8 @@ def test_masks_are_pooled_by_share_by_winner_or_by_one_cell_within():
     draw = lambda hard, one_cell: detcon.draw(detcon.shares(mask, 2, hard), 4000, np.random.default_rng(0), one_cell)
     ids, weights = draw(False, False)
     assert set(ids) == {0, 1, 2}
-    assert weights[ids == 1][0].tolist() == [[0, 0.75], [0, 0.5]] and weights[ids == 2][0].tolist() == [[0, 0], [1 / 32, 0]]
+    assert weights[ids == 1][0].tolist() == [[0, 0.75], [0, 0.5]]
+    assert weights[ids == 2][0].tolist() == [[0, 0], [1 / 32, 0]]
     ids, weights = draw(True, False)
     assert set(ids) == {0, 1}                                            # a tie goes to the first
     assert weights[ids == 1][0].tolist() == [[0, 1], [0, 0]] and weights[ids == 0][0].tolist() == [[1, 0], [1, 1]]
@@ -276,7 +281,8 @@ def folder(tmp_path):
     (lambda path: Image.new("L", (40, 39)).save(path), "is 40 x 39, its image 40 x 40"),
     (lambda path: Image.new("I", (40, 40), 70000).save(path, "tiff"), "neither 8-bit"),
     (lambda path: Image.new("F", (40, 40)).save(path, "tiff"), "neither 8-bit"),
-    (lambda path: Image.new("RGBA", (40, 40)).save(path), "neither 8-bit"), (lambda path: Image.new("LA", (40, 40)).save(path), "neither 8-bit")])
+    (lambda path: Image.new("RGBA", (40, 40)).save(path), "neither 8-bit"),
+    (lambda path: Image.new("LA", (40, 40)).save(path), "neither 8-bit")])
 def test_a_mask_that_is_missing_or_wrong_is_named(folder, tmp_path, make, says):
     path = detcon.mask_path(tmp_path / "masks", folder, 1)
     path.parent.mkdir(parents=True)
@@ -410,8 +416,10 @@ def test_resnet200_of_twice_the_width_trains_a_step():
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--hidden",
-            "32", "--dim", "16", "--warmup", "1", "--workers", "0", "--print-every", "1", "--fh-scale", "50", *map(str, more)]
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16",
+            "--hidden",
+            "32", "--dim", "16", "--warmup", "1", "--workers", "0", "--print-every", "1", "--fh-scale", "50",
+            *map(str, more)]
 
 
 @pytest.mark.parametrize("variant", ["s", "b"])
@@ -442,7 +450,8 @@ def test_masks_made_before_are_not_made_again(pictures, tmp_path, monkeypatch):
 
 
 def test_two_processes_make_masks_and_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "detcon.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "detcon.py")]
     plan = arguments(pictures, tmp_path, "--epochs", 2)
     done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -460,7 +469,8 @@ def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--masks", "grid17"], "grid1 to grid16"), (["--masks", "/no/such"], "no such folder"), (["--masks", "truth"], "drawn shapes"),
+    (["--masks", "grid17"], "grid1 to grid16"), (["--masks", "/no/such"], "no such folder"),
+    (["--masks", "truth"], "drawn shapes"),
     (["--masks", "grid5", "--prepare"], "nothing to make"), (["--fh-scale", "5", "6"], "one scale or three"),
     (["--momentum", "0.9"], "s has none"), (["--negatives", "5"], "does not divide the 16 images")])
 def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, capsys, more, says):
@@ -491,7 +501,10 @@ def test_two_images_that_would_share_a_mask_are_refused(tmp_path, monkeypatch, c
 
 
 def test_settings_follow_the_variant_as_the_appendix_has_them(pictures, tmp_path, monkeypatch):
-    settings = lambda *more: (monkeypatch.setattr(sys, "argv", ["detcon.py", "--data", str(pictures), *more]), detcon.arguments())[1]
+    def settings(*more):
+        monkeypatch.setattr(sys, "argv", ["detcon.py", "--data", str(pictures), *more])
+        return detcon.arguments()
+
     s, b, long = settings(), settings("--variant", "b"), settings("--variant", "b", "--epochs", "1000")
     assert (s.lr, s.weight_decay, s.hidden, s.dim, s.num_masks) == (4.8, 1e-6, 2048, 128, 16)
     assert (b.lr, b.weight_decay, b.hidden, b.dim, b.momentum) == (4.8, 1e-6, 4096, 256, 0.99)

@@ -30,13 +30,15 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     models = {"soco": soco.SoCo(ARCH, "fpn", hidden=8, dim=8), "moco": moco.MoCo(ARCH, 8, queue=8)}
-    return {method: (write_checkpoint(folder / f"{method}.pt", method, model, ARCH), model) for method, model in models.items()}
+    return {method: (write_checkpoint(folder / f"{method}.pt", method, model, ARCH), model)
+            for method, model in models.items()}
 
 
 def arguments(scenes, out, *more, init="random"):
     part = lambda name, folder: [f"--{name}", folder / "images", folder / "annotations.json"]
     arch = ["--arch", ARCH] if init == "random" else []
-    return ["--init", init, *arch, *part("train", scenes[0]), *part("val", scenes[1]), "--out", out, "--size", 64, 64, "--rois", 16,
+    return ["--init", init, *arch, *part("train", scenes[0]), *part("val", scenes[1]), "--out", out, "--size", 64, 64,
+            "--rois", 16,
             "--batch-size", 4, "--epochs", 2, "--print-every", 1, *more]
 
 
@@ -49,7 +51,8 @@ def annotated(folder, needs=None):
 
 
 def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
-    source, pointed, shapes = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints"), common.Shapes(12, 64)
+    source, pointed = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints")
+    shapes = common.Shapes(12, 64)
     for i in range(12):
         batch = coco.image_and_targets(source.image(i), None, source, masks=True)
         points = coco.image_and_targets(pointed.image(i), None, pointed, keypoints=True)["keypoints"]
@@ -58,7 +61,7 @@ def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
         assert source.ids[i] == 100 + n and np.array_equal(batch["image"].permute(1, 2, 0), image)
         assert np.array_equal(batch["boxes"], boxes) and np.array_equal(batch["masks"], masks)
         assert (batch["labels"] - 1).tolist() == classes.tolist()
-        assert np.array_equal(points[:, 0, :2], boxes[:, :2] + 0.5)                       # the middle of the first pixel
+        assert np.array_equal(points[:, 0, :2], boxes[:, :2] + 0.5)  # the middle of the first pixel
 
 
 def test_a_mirrored_example_is_mirrored_whole(scenes):
@@ -70,10 +73,10 @@ def test_a_mirrored_example_is_mirrored_whole(scenes):
     names, plain = ["left_top", "right_top"], look()
     other = coco.mirrored(look(), names)
     assert torch.equal(other["image"], plain["image"].flip(2)) and not torch.equal(other["image"], plain["image"])
-    inner = torchvision.ops.masks_to_boxes(other["masks"])                                # its right and lower edge are pixels
+    inner = torchvision.ops.masks_to_boxes(other["masks"])  # its right and lower edge are pixels
     assert torch.equal(inner + torch.tensor([0, 0, 1, 1]), other["boxes"])
     corner = torch.tensor([0.5, 0.5])
-    assert torch.equal(other["keypoints"][:, 0, :2], other["boxes"][:, :2] + corner)      # left_top is on the left again
+    assert torch.equal(other["keypoints"][:, 0, :2], other["boxes"][:, :2] + corner)  # left_top is on the left again
     assert torch.equal(other["keypoints"][:, 1, :2], other["boxes"][:, [2, 1]] + corner * torch.tensor([-1, 1]))
     again = coco.mirrored(other, names)
     assert all(torch.equal(again[name], plain[name]) for name in ("image", "boxes", "masks", "keypoints"))
@@ -119,7 +122,7 @@ def test_every_tensor_of_a_checkpoint_lands_and_gives_the_same_features(checkpoi
             assert torch.allclose(detector.roi_heads.box_head(rois), online.head(rois), atol=1e-5)
         else:
             assert all(torch.allclose(ours[str(k)], pyramid[k + 1], atol=1e-5) for k in range(3))
-            assert all("extra_blocks" in name for name in kept)                           # P6 and P7 are the detector's own
+            assert all("extra_blocks" in name for name in kept)  # P6 and P7 are the detector's own
     else:
         assert kept and all(".fpn." in name for name in kept)
 
@@ -131,7 +134,8 @@ def test_every_detector_trains_and_is_evaluated(scenes, checkpoints, tmp_path, m
     assert run(monkeypatch, *arguments(scenes, tmp_path, "--model", model, "--epochs", 1, *more, init=init)) == 0
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [1, 2, 3, 3] and all(np.isfinite(row["loss"]) for row in log[:3])
-    assert {"maskrcnn": "mask_AP", "keypointrcnn": "keypoint_AP"}.get(model, "AP") in log[3] and 0 <= log[3]["AP"] <= 100
+    assert {"maskrcnn": "mask_AP", "keypointrcnn": "keypoint_AP"}.get(model, "AP") in log[3]
+    assert 0 <= log[3]["AP"] <= 100
     said = capsys.readouterr().out
     assert ("roi_heads.box_head; new" in said) == (model in ("fasterrcnn", "maskrcnn"))
 
@@ -141,7 +145,8 @@ def learned(scenes, tmp_path_factory):
     """The folder of an FCOS that has seen 12 scenes 40 times, and is evaluated on them."""
     out = tmp_path_factory.mktemp("learned")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        plan = arguments((scenes[0], scenes[0]), out, "--model", "fcos", "--epochs", 40, "--lr", 0.2, "--print-every", 30)
+        plan = arguments((scenes[0], scenes[0]), out, "--model", "fcos", "--epochs", 40, "--lr", 0.2, "--print-every",
+                         30)
         assert run(monkeypatch, *plan) == 0
     return out
 
@@ -160,7 +165,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(scenes, tmp_path, monkeypatc
 
 
 def test_two_processes_train_under_torchrun_and_one_goes_on(scenes, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "transfer" / "detect.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "transfer" / "detect.py")]
     plan = arguments(scenes, tmp_path, "--eval-every", 1)
     done = subprocess.run([*command, *map(str, plan), "--max-steps", "4"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -174,7 +180,8 @@ def evaluated(folder, out):
     detector.load_state_dict(weights(out))
     source = coco.CocoFolder(folder / "images", folder / "annotations.json", training=False)
     args = argparse.Namespace(workers=0, amp="off", model="fcos")
-    return detect.evaluate(detector, source, coco.ground_truth(folder / "annotations.json", source), args, torch.device("cpu"))
+    return detect.evaluate(detector, source, coco.ground_truth(folder / "annotations.json", source), args,
+                           torch.device("cpu"))
 
 
 def test_two_processes_find_the_same_ap_as_one(scenes, learned):
@@ -199,7 +206,8 @@ def sparse(dataset):
 def test_what_annotators_leave_out_does_not_end_a_run(tmp_path, monkeypatch, model):
     parts = write_scenes(tmp_path / "train", 4), write_scenes(tmp_path / "val", 2, seed=1)
     for folder in parts:
-        (folder / "annotations.json").write_text(json.dumps(sparse(json.loads((folder / "annotations.json").read_text()))))
+        path = folder / "annotations.json"
+        path.write_text(json.dumps(sparse(json.loads(path.read_text()))))
     assert run(monkeypatch, *arguments(parts, tmp_path / "out", "--model", model, "--epochs", 1)) == 0
     assert "AP" in rows(tmp_path / "out")[-1]
 
@@ -229,7 +237,8 @@ def test_bf16_leaves_anchors_and_boxes_in_float32(model):
     anchors = detector.rpn.anchor_generator if hasattr(detector, "rpn") else detector.anchor_generator
     anchors.register_forward_hook(lambda module, x, output: seen.extend(output))
     with torch.autocast("cpu", torch.bfloat16):
-        batch = {"image": [torch.randint(0, 256, (3, 64, 1100), dtype=torch.uint8)], "boxes": [torch.tensor([[3.0, 4, 40, 50]])],
+        batch = {"image": [torch.randint(0, 256, (3, 64, 1100), dtype=torch.uint8)],
+                 "boxes": [torch.tensor([[3.0, 4, 40, 50]])],
                  "labels": [torch.tensor([1])], "masks": [torch.ones(1, 64, 1100, dtype=torch.uint8)],
                  "keypoints": [torch.ones(1, 2, 3)]}
         detector.transform.max_size = 2000
@@ -249,23 +258,27 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_the_rest_learns(scenes, checkpo
 def test_torchvisions_weights_of_a_resnet_are_an_init(scenes, tmp_path, monkeypatch):
     network = common.resnet(ARCH)
     torch.save({**network.state_dict(), "fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
-    plan = arguments(scenes, tmp_path / "out", "--max-steps", 1, "--lr", 0, "--arch", ARCH, init=tmp_path / "resnet.pth")
+    plan = arguments(scenes, tmp_path / "out", "--max-steps", 1, "--lr", 0, "--arch", ARCH,
+                     init=tmp_path / "resnet.pth")
     assert run(monkeypatch, *plan) == 0
     assert torch.equal(weights(tmp_path / "out")["backbone.body.conv1.weight"], network.conv1.weight)
 
 
 def test_ap_is_what_it_is_by_hand(tmp_path):
-    box = lambda n, image, k, x: {"id": n, "image_id": image, "category_id": k, "bbox": [x, 10, 40, 40], "area": 1600, "iscrowd": 0}
-    dataset = {"images": [{"id": 1, "width": 200, "height": 100, "file_name": "1.png"}], "categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "b"}],
+    box = lambda n, image, k, x: {"id": n, "image_id": image, "category_id": k, "bbox": [x, 10, 40, 40], "area": 1600,
+                                  "iscrowd": 0}
+    dataset = {"images": [{"id": 1, "width": 200, "height": 100, "file_name": "1.png"}],
+               "categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "b"}],
              "annotations": [box(1, 1, 5, 10), box(2, 1, 5, 110), box(3, 1, 6, 60)]}
     (tmp_path / "annotations.json").write_text(json.dumps(dataset))
     Image.new("RGB", (200, 100)).save(tmp_path / "1.png")
-    truth = coco.ground_truth(tmp_path / "annotations.json", coco.CocoFolder(tmp_path, tmp_path / "annotations.json", training=False))
+    truth = coco.ground_truth(tmp_path / "annotations.json",
+                              coco.CocoFolder(tmp_path, tmp_path / "annotations.json", training=False))
     found = lambda k, x, score: {"image_id": 0, "category_id": k, "bbox": [x, 10, 40, 40], "score": score}
     ap = lambda *rows: coco.average_precision(truth, list(rows), ["bbox"])
     assert ap(found(5, 10, 0.9), found(5, 110, 0.8), found(6, 60, 0.7)) == {"AP": 100, "AP50": 100, "AP75": 100}
     assert ap() == {"AP": 0, "AP50": 0, "AP75": 0}
-    half = 51 / 101                                                                       # class a: precision 1 up to recall 0.5
+    half = 51 / 101  # class a: precision 1 up to recall 0.5
     assert ap(found(5, 10, 0.9))["AP"] == pytest.approx(100 * half / 2, abs=0.01)
     shifted = ap(found(5, 20, 0.9), found(5, 120, 0.8), found(6, 70, 0.7))                # IoU 30 / 50 = 0.6
     assert shifted["AP50"] == 100 and shifted["AP75"] == 0 and shifted["AP"] == pytest.approx(30, abs=0.01)
@@ -308,22 +321,27 @@ def change(dataset, kind):
 
 
 @pytest.mark.parametrize("kind, says, more", [
-    ("unknown category", "category 7", []), ("no categories", "no file of COCO annotations", []), ("another class", "horse", []),
+    ("unknown category", "category 7", []), ("no categories", "no file of COCO annotations", []),
+    ("another class", "horse", []),
     ("missing image", "lacks 1 of the 12 images", []), ("wrong size", "its annotations 65 x 64", []),
-    ("no keypoints", "annotates nothing with keypoints", ["--model", "keypointrcnn"]), ("unbounded", "no file of COCO annotations", []),
+    ("no keypoints", "annotates nothing with keypoints", ["--model", "keypointrcnn"]),
+    ("unbounded", "no file of COCO annotations", []),
     ("no number", "no file of COCO annotations", []), ("no such image", "image 999", []),
     ("no masks", "image 100 has no segmentation", ["--model", "maskrcnn"])])
 def test_wrong_annotations_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, kind, says, more):
     folder = write_scenes(tmp_path / "train", 12)
-    (folder / "annotations.json").write_text(json.dumps(change(json.loads((folder / "annotations.json").read_text()), kind)))
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()), kind)))
     assert run(monkeypatch, *arguments((folder, scenes[1]), tmp_path / "out", *more)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and says in errors[0]
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--size", 96, 64], "the smaller comes first"), (["--batch-size", 64], "do not fill a batch of 64"), (["--arch", "resnet17"], "unknown --arch"),
-    (["--init", "nothing.pt"], "cannot be read"), (["--arch", "resnet18w0.3", "--model", "fcos"], "a width of a quarter")])
+    (["--size", 96, 64], "the smaller comes first"), (["--batch-size", 64], "do not fill a batch of 64"),
+    (["--arch", "resnet17"], "unknown --arch"),
+    (["--init", "nothing.pt"], "cannot be read"),
+    (["--arch", "resnet18w0.3", "--model", "fcos"], "a width of a quarter")])
 def test_wrong_flags_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, more, says):
     assert run(monkeypatch, *arguments(scenes, tmp_path, *more)) == 2
     error = capsys.readouterr().err

@@ -31,7 +31,8 @@ def a_batch(n=8, size=64):
     for name in "qk":
         low = torch.rand(n, 1, 2, generator=g) * 0.5 * size
         batch |= {f"x_{name}": torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8),
-                  f"box_{name}": torch.cat([low, low + 0.4 * size], dim=2), f"flip_{name}": torch.rand(n, generator=g) < 0.5}
+                  f"box_{name}": torch.cat([low, low + 0.4 * size], dim=2),
+                  f"flip_{name}": torch.rand(n, generator=g) < 0.5}
     return batch
 
 
@@ -53,7 +54,7 @@ def test_a_colored_dot_lands_in_the_same_patch_of_both_views_mirrored_ones_too()
             assert torch.allclose(torch.cat([batch["box_q"], batch["box_k"]]), torch.tensor([[0.0, 0, 112, 112]] * 2))
             continue
         places = []
-        for name in "qk":                                              # the pixels themselves as a feature map of stride 1
+        for name in "qk":  # the pixels themselves as a feature map of stride 1
             region = common.roi_align(batch[f"x_{name}"][None].float(), batch[f"box_{name}"][None], 7, stride=1)
             region = torch.where(batch[f"flip_{name}"], region.flip(3), region)[0, 0]
             weight = region / region.sum().clamp(min=1e-9)
@@ -153,10 +154,12 @@ def test_roi_size_lays_the_same_grid_over_every_level():
     assert [x.shape[1] for x in model.new[1]] == [9, 9] and loss.isfinite()
 
 
-@pytest.mark.parametrize("augment, calls", [("moco", []), ("rand", [(17, False)] * 2), ("rand-moves", [(17, True)] * 2)])
+@pytest.mark.parametrize("augment, calls", [("moco", []), ("rand", [(17, False)] * 2),
+                                            ("rand-moves", [(17, True)] * 2)])
 def test_each_view_is_augmented_as_the_flags_say(monkeypatch, photograph, augment, calls):
     seen = []
-    monkeypatch.setattr(common, "rand_augment", lambda view, rng, magnitude, moves: (seen.append((magnitude, moves)), view)[1])
+    monkeypatch.setattr(common, "rand_augment",
+                        lambda view, rng, magnitude, moves: (seen.append((magnitude, moves)), view)[1])
     dupr.two_views(common.LazyImage(photograph, 0), np.random.default_rng(0), 64, 0.2, augment, 17)
     assert seen == calls
 
@@ -165,11 +168,13 @@ def test_randaugment_colors_the_views_and_moves_no_pixel():
     picture, changed = np.full((60, 100, 3), 60, np.uint8), 0
     picture[:, 50:] = (200, 150, 100)
     for seed in range(60):
-        out = np.asarray(common.rand_augment(Image.fromarray(picture), np.random.default_rng(seed), moves=False)).astype(int)
+        out = np.asarray(common.rand_augment(Image.fromarray(picture), np.random.default_rng(seed),
+                                             moves=False)).astype(int)
         assert np.ptp(out[:, :47], axis=(0, 1)).max() <= 2 and np.ptp(out[:, 53:], axis=(0, 1)).max() <= 2
         changed += np.abs(out - picture).max() > 10
     assert changed > 30
-    moved = [np.ptp(np.asarray(common.rand_augment(Image.fromarray(picture), np.random.default_rng(s)))[:, 53:], axis=(0, 1)).max() > 2
+    moved = [np.ptp(np.asarray(common.rand_augment(Image.fromarray(picture),
+                                                   np.random.default_rng(s)))[:, 53:], axis=(0, 1)).max() > 2
              for s in range(40)]
     assert 8 < np.sum(moved)                                          # DetCo's may
 
@@ -190,7 +195,8 @@ def test_the_shuffle_covers_views_boxes_and_mirroring_and_is_undone():
     model.encoder_k.forward = encoder_k
     model(batch)
     assert seen[0] != list(range(8)) and sorted(seen[0]) == list(range(8))
-    assert all(k[:, 0].tolist() == list(range(8)) for k in model.new[0]) and model.new[1][0][:, 3, 0].tolist() == list(range(8))
+    assert all(k[:, 0].tolist() == list(range(8)) for k in model.new[0])
+    assert model.new[1][0][:, 3, 0].tolist() == list(range(8))
 
 
 def test_no_overlap_at_all_gives_no_patch_loss_and_no_nan():
@@ -227,12 +233,14 @@ def test_patch_loss_in_parts_equals_the_whole_with_its_gradient(monkeypatch, tem
     assert loss.item() == pytest.approx(whole.item(), abs=1e-6, rel=1e-6)
     ours, theirs = (torch.autograd.grad(3 * x, q)[0] for x in (loss, whole))
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max() and not ours[~overlap].any()
-    assert hits.item() == pytest.approx((own > others.amax(dim=1, keepdim=True)).double().mean().item(), abs=1e-6) and 0 < hits < 1
+    assert hits.item() == pytest.approx((own > others.amax(dim=1, keepdim=True)).double().mean().item(), abs=1e-6)
+    assert 0 < hits < 1
 
 
 def test_patch_loss_has_the_gradient_of_finite_differences():
     q, k, negatives = (unit(n, 4, seed=n, dtype=torch.float64) for n in (6, 6, 9))
-    assert torch.autograd.gradcheck(lambda q: dupr.InfoNCEInParts.apply(q, k.roll(1, 0), negatives, 0.2)[0], q.requires_grad_())
+    assert torch.autograd.gradcheck(lambda q: dupr.InfoNCEInParts.apply(q, k.roll(1, 0), negatives, 0.2)[0],
+                                    q.requires_grad_())
 
 
 def test_patch_loss_is_float32_under_autocast():
@@ -257,12 +265,13 @@ class Largest(TorchDispatchMode):
 def test_patch_loss_never_holds_all_similarities(monkeypatch):
     monkeypatch.setattr(dupr, "PART", 2 ** 14)
     with Largest() as largest:
-        dupr.patch_nce(unit(8, 64, 8).requires_grad_(), unit(8, 64, 8), torch.ones(8, dtype=torch.bool), unit(1024, 8), 0.2)[0].backward()
+        dupr.patch_nce(unit(8, 64, 8).requires_grad_(), unit(8, 64, 8), torch.ones(8, dtype=torch.bool), unit(1024, 8),
+                       0.2)[0].backward()
     assert largest.elements == 2 ** 14 < 512 * 1024
 
 
 def a_batch_of_mixed_overlap():
-    """Of 8 pairs the first, fifth, sixth and seventh overlap: one in the first of two processes, three in the second."""
+    """8 pairs, of which four overlap: one in the first of two processes, three in the second."""
     return a_batch() | {"overlap": torch.tensor([True, False, False, False, True, True, True, False])}
 
 
@@ -273,7 +282,8 @@ def gradients(**settings):
     loss, _ = ddp({name: x[common.rank() * share:][:share] for name, x in batch.items()})
     loss.backward()
     model.update()
-    return loss.item(), [p.grad.numpy() for p in model.encoder_q.parameters() if p.requires_grad], [q.keys.numpy() for q in model.image_queues]
+    grads = [p.grad.numpy() for p in model.encoder_q.parameters() if p.requires_grad]
+    return loss.item(), grads, [q.keys.numpy() for q in model.image_queues]
 
 
 def shallow_gradients():
@@ -295,7 +305,7 @@ OVERLAPS = [[True, False, False, False, True, True, True, False], [False] * 5 + 
 
 
 def patch_queues():
-    """For each of OVERLAPS and both levels: the queue before and after a step of this process's share, and all patches."""
+    """For each of OVERLAPS and both levels: the queue before and after a step of this process, and all patches."""
     results, share = [], 8 // common.world_size()
     for overlap in OVERLAPS:
         model, batch = plain(tiny(queue=100, patch_keys=12)), a_batch() | {"overlap": torch.tensor(overlap)}
@@ -314,7 +324,7 @@ def patch_queues():
 def test_patch_queues_take_patch_keys_of_the_global_batch_whatever_the_number_of_processes(world):
     results = [patch_queues()] if world == 1 else in_processes(2, patch_queues)
     for overlap, before, after, position, patches in results[0]:
-        new = min(12, sum(overlap) * patches.shape[1])                 # of four pairs 12; of one 12 of 16, or all 4; of none none
+        new = min(12, sum(overlap) * patches.shape[1])  # of four pairs 12; of one 12 of 16, or all 4; of none none
         assert position == new and (after[new:] == before[new:]).all()
         distance = np.linalg.norm(after[:new, None] - patches.reshape(1, -1, 16), axis=2)
         nearest = distance.argmin(axis=1)
@@ -341,7 +351,8 @@ def test_patches_are_drawn_from_the_whole_global_batch_alike():
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--queue", "64",
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16",
+            "--queue", "64",
             "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
 
 
@@ -358,7 +369,8 @@ def test_a_run_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "dupr.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "dupr.py")]
     plan = arguments(pictures, tmp_path, "--epochs", 2)
     done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -366,14 +378,18 @@ def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, 
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("more", [["--augment", "moco"], ["--beta", 0, 0, 0, 0], ["--alpha", 0, 0, 0, 0], ["--amp", "bf16"],
+@pytest.mark.parametrize("more", [["--augment", "moco"], ["--beta", 0, 0, 0, 0], ["--alpha", 0, 0, 0, 0],
+                                  ["--amp", "bf16"],
                                   ["--augment", "rand-moves", "--augment-magnitude", 9, "--roi-size", 3]])
 def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 3, *more)) == 0
 
 
 def test_temperature_is_that_of_the_main_experiments_or_of_the_ablations(pictures, monkeypatch):
-    settings = lambda *more: (monkeypatch.setattr(sys, "argv", ["dupr.py", "--data", str(pictures), *more]), dupr.arguments())[1]
+    def settings(*more):
+        monkeypatch.setattr(sys, "argv", ["dupr.py", "--data", str(pictures), *more])
+        return dupr.arguments()
+
     assert settings().temperature == 0.15 and settings("--augment", "moco").temperature == 0.2
 
 

@@ -16,7 +16,8 @@ import soco
 from conftest import run_script, write_pictures
 from transfer import look, page
 
-SMALL = ("--arch", "resnet18w0.25", "--size", 32, "--batch-size", 8, "--max-steps", 2, "--print-every", 1, "--workers", 0)
+SMALL = ("--arch", "resnet18w0.25", "--size", 32, "--batch-size", 8, "--max-steps", 2, "--print-every", 1, "--workers",
+         0)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ def test_attention_of_a_bright_spot_is_drawn_over_it(tmp_path, monkeypatch):
     image = np.zeros((256, 256, 3), np.uint8)
     image[70:110, 150:190] = 255
     Image.fromarray(image).save(tmp_path / "spot.png")
-    monkeypatch.setattr(look, "networks", lambda args, device: setattr(args, "size", 224) or {"grayscale": Brightness()})
+    monkeypatch.setattr(look, "networks", lambda args, device: setattr(args, "size", 224)
+                        or {"grayscale": Brightness()})
     sheet = drawn(tmp_path, monkeypatch, "attention", "--init", "random", "--data", tmp_path, "--stage", 3)
     right = np.asarray(sheet).astype(float)[26:, 256 + 8:]
     y, x = np.nonzero(right[..., 0] > right[..., 2] + 60)                # red, not blue
@@ -87,8 +89,10 @@ def test_the_nearest_neighbor_of_a_duplicate_is_its_duplicate(tmp_path, monkeypa
         (folder / "twins").mkdir(exist_ok=True)
         (folder / "twins" / f"{k}.png").write_bytes(path.read_bytes())
     found = {}
-    monkeypatch.setattr(look, "nearest", lambda rows, queries, k, nearest=look.nearest: found.setdefault(0, nearest(rows, queries, k)))
-    drawn(tmp_path, monkeypatch, "neighbors", "--init", runs["moco"] / "last.pt", "--data", folder, "--images", 48, "-k", 2)
+    monkeypatch.setattr(look, "nearest",
+                        lambda rows, queries, k, nearest=look.nearest: found.setdefault(0, nearest(rows, queries, k)))
+    drawn(tmp_path, monkeypatch, "neighbors", "--init", runs["moco"] / "last.pt", "--data", folder, "--images", 48,
+          "-k", 2)
     source = common.ImageFolder(folder)
     content = [(folder / source.name(i)).read_bytes() for i in range(48)]
     queries = np.random.default_rng((5, 0)).permutation(48)
@@ -104,7 +108,8 @@ def test_neighbors_of_the_same_folder_have_a_green_frame_and_others_a_red_one(tm
     monkeypatch.setattr(look, "pick", lambda args, source: np.array([0]))
     sheet = drawn(tmp_path, monkeypatch, "neighbors", "--init", "random", "--data", tmp_path)
     side = look.SIDE // 2 + 8                                            # a picture and its frame
-    assert {x // side for x in spots(sheet, (0, 160, 0))[1]} == {1} and {x // side for x in spots(sheet, (208, 0, 0))[1]} == {2}
+    assert {x // side for x in spots(sheet, (0, 160, 0))[1]} == {1}
+    assert {x // side for x in spots(sheet, (208, 0, 0))[1]} == {2}
 
 
 # --- Patches ---------------------------------------------------------------------------------------------------------
@@ -128,7 +133,8 @@ def test_counterparts_are_the_same_spots_of_the_image():
         batch = {k: v[None] for k, v in dupr.two_views(image(), np.random.default_rng(seed), 96, 0.3).items()}
         turned = batch["flip_q"] ^ batch["flip_k"]
         ends, seen = look.counterparts(points, batch["box_q"], batch["box_k"], turned)
-        color = lambda view, p: F.grid_sample(view[:, :2].float(), (p / 48 - 1)[:, None], align_corners=False)[0, :, 0].T
+        color = lambda view, p: F.grid_sample(view[:, :2].float(), (p / 48 - 1)[:, None],
+                                              align_corners=False)[0, :, 0].T
         inner = seen[0] & ((ends[0] > 2) & (ends[0] < 94)).all(dim=1)
         assert torch.allclose(color(batch["x_q"], points[None])[inner], color(batch["x_k"], ends)[inner], atol=2.5)
         met.add((turned.item(), bool(inner.any())))
@@ -137,7 +143,8 @@ def test_counterparts_are_the_same_spots_of_the_image():
 
 def test_lines_join_a_patch_with_its_match_green_where_it_is_right():
     views = [Image.new("RGB", (64, 64), "black")] * 2
-    sheet = look.linked(*views, torch.tensor([[10.0, 10.0], [10.0, 50.0]]), torch.tensor([[20.0, 30.0], [20.0, 50.0]]), torch.tensor([True, False]))
+    sheet = look.linked(*views, torch.tensor([[10.0, 10.0], [10.0, 50.0]]), torch.tensor([[20.0, 30.0], [20.0, 50.0]]),
+                        torch.tensor([True, False]))
     assert sheet.getpixel((10, 10)) == sheet.getpixel((64 + 8 + 20, 30)) == (0, 224, 0)
     assert sheet.getpixel((10, 50)) == sheet.getpixel((40, 50)) == (255, 48, 48)
 
@@ -158,14 +165,17 @@ def test_similarity_is_1_of_the_object_itself_and_the_mean_cosine_over_places_of
     values = look.similarity(c, boxes, 16)
     assert values.shape == (2, 2) and torch.allclose(values[:, 0], torch.ones(2))
     q, k = (common.roi_align(c, boxes[:, [n]], 14, 16) for n in (0, 2))
-    slow = [[F.cosine_similarity(q[i, :, y, x], k[i, :, y, x], dim=0) for y in range(14) for x in range(14)] for i in range(2)]
+    slow = [[F.cosine_similarity(q[i, :, y, x], k[i, :, y, x], dim=0) for y in range(14) for x in range(14)]
+            for i in range(2)]
     assert torch.allclose(values[:, 1], torch.tensor(slow).mean(dim=1), atol=1e-6)
 
 
 # --- Proposals, masks ------------------------------------------------------------------------------------------------
 
 def test_every_box_of_the_views_lies_on_the_object_it_was_drawn_around(tmp_path, monkeypatch):
-    """One dark object on a bright ground, and its box: in each view the frame is as far from the object as jitter allows."""
+    """One dark object on a bright ground, and its box: in each view the frame is as far from the object as jitter
+    allows.
+    """
     image = np.full((200, 300, 3), 255, np.uint8)
     image[50:150, 30:120] = 0
     folder = tmp_path / "images"
@@ -175,14 +185,16 @@ def test_every_box_of_the_views_lies_on_the_object_it_was_drawn_around(tmp_path,
     soco.save_proposals(tmp_path / "boxes.npz", source, [np.array([[30, 50, 120, 150]])])
     monkeypatch.setattr(soco, "color_augmentation", lambda view, size: common.Photometric())
     for seed in range(4):
-        sheet = drawn(tmp_path, monkeypatch, "proposals", "--data", folder, "--proposals", tmp_path / "boxes.npz", "--num-proposals", 1, "--seed", seed)
-        starts = [0, 264, 528, 792]                                      # of the proposals, V1, V2 and V3, each after a gap
+        sheet = drawn(tmp_path, monkeypatch, "proposals", "--data", folder, "--proposals", tmp_path / "boxes.npz",
+                      "--num-proposals", 1, "--seed", seed)
+        starts = [0, 264, 528, 792]  # of the proposals, V1, V2 and V3, each after a gap
         for start, side in zip(starts, [256, 256, 256, 128]):
             part = sheet.crop((start, 26, start + side, 26 + side))
             dark, red = spots(part, (0, 0, 0)), spots(part, (255, 0, 0), 20)
             for k in (0, 1):
                 extent = dark[k].max() - dark[k].min()
-                assert abs(dark[k].min() - red[k].min()) <= 0.2 * extent + 4 and abs(dark[k].max() - red[k].max()) <= 0.2 * extent + 4
+                assert abs(dark[k].min() - red[k].min()) <= 0.2 * extent + 4
+                assert abs(dark[k].max() - red[k].max()) <= 0.2 * extent + 4
     assert spots(sheet.crop((0, 290, *sheet.size)), (0, 114, 178))[0].size        # number and sizes, below
 
 
@@ -192,25 +204,30 @@ def test_masks_lie_on_what_they_are_masks_of(tmp_path, monkeypatch):
     for folder, array in (("images", image), ("masks", labels)):
         (tmp_path / folder).mkdir()
         Image.fromarray(array).save(tmp_path / folder / "a.png")
-    sheet = np.asarray(drawn(tmp_path, monkeypatch, "masks", "--data", tmp_path / "images", "--masks", tmp_path / "masks", "grid3"))[26:]
+    sheet = np.asarray(drawn(tmp_path, monkeypatch, "masks", "--data", tmp_path / "images", "--masks",
+                             tmp_path / "masks", "grid3"))[26:]
     truth = np.asarray(Image.fromarray(labels).resize((256, 256), Image.Resampling.NEAREST)) > 0
     own, grid = sheet[:, 264:520], sheet[:, 528:784]
-    assert len(np.unique(own[truth], axis=0)) == len(np.unique(own[~truth], axis=0)) == 1 and (own[truth][0] != own[~truth][0]).any()
-    assert len(np.unique(grid[~truth], axis=0)) == 9 and (grid[:84, :84] == grid[0, 0]).all() and (grid[0, 0] != grid[0, 90]).any()
+    assert len(np.unique(own[truth], axis=0)) == len(np.unique(own[~truth], axis=0)) == 1
+    assert (own[truth][0] != own[~truth][0]).any()
+    assert len(np.unique(grid[~truth], axis=0)) == 9 and (grid[:84, :84] == grid[0, 0]).all()
+    assert (grid[0, 0] != grid[0, 90]).any()
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
 
 def test_ticks_are_round_and_enclose_the_values():
     assert np.allclose(page.ticks([0, 1]), [0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert np.allclose(page.ticks([3, 512]), [0, 200, 400, 600]) and np.allclose(page.ticks([-7.9, -0.1]), [-8, -6, -4, -2, 0])
+    assert np.allclose(page.ticks([3, 512]), [0, 200, 400, 600])
+    assert np.allclose(page.ticks([-7.9, -0.1]), [-8, -6, -4, -2, 0])
     assert page.ticks([4, 4])[0] < 4 < page.ticks([4, 4])[-1] and page.ticks([0.0])[0] < 0 < page.ticks([0.0])[-1]
 
 
 def test_curves_draw_the_values_of_the_logs_where_the_axes_say(tmp_path, monkeypatch):
     for name, values in (("a", [0.0, 1.0]), ("b", [0.25, 0.25])):        # axes from 0 to 1 and from 0 to 100
         (tmp_path / name).mkdir()
-        rows = [{"epoch": 0, "step": 100 * k, "loss": v} for k, v in enumerate(values)] + [{"epoch": 1, "step": 50, "loss": float("nan")}]
+        rows = [{"epoch": 0, "step": 100 * k, "loss": v}
+                for k, v in enumerate(values)] + [{"epoch": 1, "step": 50, "loss": float("nan")}]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
     sheet = drawn(tmp_path, monkeypatch, "curves", tmp_path / "a", tmp_path / "b" / "log.jsonl")
     left, top, right, bottom = page.FRAME
@@ -232,7 +249,8 @@ def test_views_are_as_large_as_in_training_or_twice_that_whatever_they_are_compa
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", ["attention", "neighbors -k 3", "patches", "iou --images 5", "proposals --proposals random", "masks --masks grid4", "curves"])
+@pytest.mark.parametrize("command", ["attention", "neighbors -k 3", "patches", "iou --images 5",
+                                     "proposals --proposals random", "masks --masks grid4", "curves"])
 @pytest.mark.parametrize("data", ["folder", "shapes"])
 def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_path, monkeypatch, runs, pictures):
     argv = command.split()
@@ -269,7 +287,8 @@ def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_pat
 ])
 def test_what_cannot_be_drawn_ends_with_one_line_and_2(argv, words, monkeypatch, capsys, runs, pictures, tmp_path):
     monkeypatch.chdir(tmp_path)
-    paths = {"moco": runs["moco"] / "last.pt", "soco": runs["soco"] / "last.pt", "log": runs["moco"] / "log.jsonl", "data": pictures}
+    paths = {"moco": runs["moco"] / "last.pt", "soco": runs["soco"] / "last.pt", "log": runs["moco"] / "log.jsonl",
+             "data": pictures}
     assert run_script(look, monkeypatch, *[word.format(**paths) for word in argv.split()]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and "Traceback" not in error

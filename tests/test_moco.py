@@ -57,7 +57,8 @@ def test_views_are_two_crops_of_the_same_image_each_mirrored_half_of_the_time(ph
     for _ in range(300):
         views = moco.two_views(common.LazyImage(ramp, 7), rng, 32, 0.2)
         assert views.pop("index") == 7
-        assert {name: (v.shape, v.dtype) for name, v in views.items()} == dict.fromkeys(("x_q", "x_k"), ((3, 32, 32), torch.uint8))
+        assert {name: (v.shape, v.dtype)
+                for name, v in views.items()} == dict.fromkeys(("x_q", "x_k"), ((3, 32, 32), torch.uint8))
         mirrored.append([bool(v[0, 0, 0] > v[0, 0, -1]) for v in views.values()])
     share = np.mean(mirrored, axis=0)
     both = np.mean(np.all(mirrored, axis=1))
@@ -70,7 +71,8 @@ def test_versions_have_the_heads_and_colors_of_their_papers():
     one, two = tiny(version=1), tiny(version=2)
     assert isinstance(one.encoder_q.projector, nn.Linear)
     assert [type(m) for m in two.encoder_q.projector] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert two.encoder_q.projector[0].weight.shape == (128, 128) and two.encoder_q.projector[2].weight.shape == (16, 128)
+    assert two.encoder_q.projector[0].weight.shape == (128, 128)
+    assert two.encoder_q.projector[2].weight.shape == (16, 128)
     assert one.photometric.strength.tolist() == pytest.approx([0.4, 0.4, 0.4, 0.4]) and one.photometric.blur_p == 0
     assert two.photometric.strength.tolist() == pytest.approx([0.4, 0.4, 0.4, 0.1]) and two.photometric.blur_p == 0.5
     assert moco.PAPER["temperature"] == 0.2 and moco.VERSION_1["temperature"] == 0.07 and moco.PAPER["queue"] == 65536
@@ -142,7 +144,8 @@ def test_bank_cuts_no_key_and_writes_a_stand_in_to_its_own_entry(tmp_path):
     for name in "abc":
         Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
-    views = common.Views(common.ImageFolder(tmp_path), partial(moco.two_views, size=32, min_area=0.2, key=False), seed=0)
+    views = common.Views(common.ImageFolder(tmp_path), partial(moco.two_views, size=32, min_area=0.2, key=False),
+                         seed=0)
     item = views[0, 1]
     assert set(item) == {"x_q", "index", "bad"} and item["index"] in (0, 2) and item["bad"].startswith("b.png")
     assert views[0, 2]["index"] == 2
@@ -202,10 +205,12 @@ def test_two_processes_equal_one(mechanism):
 def test_schedules_are_those_of_the_papers():
     rate = lambda schedule, step, total=1000, warmup=0: moco.learning_rate(
         SimpleNamespace(lr=0.03, batch_size=1024, schedule=schedule), step, total, warmup)
-    assert [rate("steps", step) for step in (0, 599, 600, 799, 800)] == pytest.approx([0.12, 0.12, 0.012, 0.012, 0.0012])
+    assert [rate("steps", step) for step in (0, 599, 600, 799,
+                                             800)] == pytest.approx([0.12, 0.12, 0.012, 0.012, 0.0012])
     assert [rate("cosine", step) for step in (0, 500, 1000)] == pytest.approx([0.12, 0.06, 0])
-    steps = (0, 62499, 62500, 125000, 1249999)                                            # Sec. 4: 0.12, times 0.9 every 62.5k
-    assert [rate("instagram", step, 1250000) for step in steps] == pytest.approx([0.12, 0.12, 0.108, 0.0972, 0.12 * 0.9 ** 19])
+    steps = (0, 62499, 62500, 125000, 1249999)  # Sec. 4: 0.12, times 0.9 every 62.5k
+    assert [rate("instagram", step, 1250000)
+            for step in steps] == pytest.approx([0.12, 0.12, 0.108, 0.0972, 0.12 * 0.9 ** 19])
     assert rate("instagram", 4, warmup=10) == pytest.approx(0.06)
 
 
@@ -213,7 +218,8 @@ def test_schedules_are_those_of_the_papers():
 
 def arguments(data, out, *more):
     return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16",
-            "--queue", "32", "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1", *map(str, more)]
+            "--queue", "32", "--momentum", "0.9", "--workers", "0", "--print-every", "1", "--lr", "0.1",
+            *map(str, more)]
 
 
 def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
@@ -241,7 +247,8 @@ def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pi
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path, workers, monkeypatch):
     plan = [*arguments(pictures, "OUT", "--epochs", 30, "--save-every", 4), "--workers", str(workers)]
-    command = lambda out: [sys.executable, str(ROOT / "moco.py"), *(str(tmp_path / out) if a == "OUT" else a for a in plan)]
+    command = lambda out: [sys.executable, str(ROOT / "moco.py"),
+                           *(str(tmp_path / out) if a == "OUT" else a for a in plan)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.Popen(command("whole"), env=environment)
     process = subprocess.Popen(command("killed"), env=environment)
@@ -259,7 +266,8 @@ def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures,
 
 
 def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "moco.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "moco.py")]
     plan = arguments(pictures, tmp_path, "--epochs", 2, "--knn", pictures)
     done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -320,7 +328,8 @@ def test_a_usage_error_is_one_line_and_exit_code_2(pictures, tmp_path, monkeypat
     for path in ("strange/train/a/1.png", "strange/val/c/1.png"):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_bytes(b"")
-    change = [{"STRANGE": tmp_path / "strange", "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}.get(part, part) for part in change]
+    change = [{"STRANGE": tmp_path / "strange", "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}.get(part, part)
+              for part in change]
     assert run(monkeypatch, *arguments(pictures, tmp_path / "out"), *change) == 2
     err = capsys.readouterr().err
     assert says in err and err.startswith("moco.py: error: ") and err.count("\n") == 1
@@ -328,9 +337,12 @@ def test_a_usage_error_is_one_line_and_exit_code_2(pictures, tmp_path, monkeypat
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_a_usage_error(pictures, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "moco.py")]
-    done = subprocess.run([*command, *arguments(pictures, tmp_path), "--batch-size", "15"], capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.count("moco.py: error: --batch-size 15 does not divide over 2 processes: take 16") == 1
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "moco.py")]
+    done = subprocess.run([*command, *arguments(pictures, tmp_path), "--batch-size", "15"], capture_output=True,
+                          text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("moco.py: error: --batch-size 15 does not divide over 2 processes: take 16") == 1
 
 
 def test_a_folder_with_another_run_or_a_damaged_one_is_refused_and_kept(pictures, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,8 @@ from conftest import in_processes, rows, run_script, weights, without_speed
 from transfer import segment
 
 run = partial(run_script, segment)
-TINY = ["--init", "random", "--arch", "resnet18w0.25", "--size", 33, "--batch-size", 4, "--lr", 0.03, "--classes", 4, "--workers", 0]
+TINY = ["--init", "random", "--arch", "resnet18w0.25", "--size", 33, "--batch-size", 4, "--lr", 0.03, "--classes", 4,
+        "--workers", 0]
 
 
 def write_labeled(folder, count=8, sizes=((48, 40), (56, 64))):
@@ -77,7 +78,8 @@ def test_dilated_stage_5_is_torchvisions_with_dilation_2_in_the_first_block_too(
     backbone = busy(common.resnet("resnet50"))
     theirs = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True]).eval()
     theirs.load_state_dict(backbone.state_dict(), strict=False)
-    theirs.layer4[0].conv2.dilation = theirs.layer4[0].conv2.padding = (2, 2)  # "the 3x3 convolutions in conv5 blocks have dilation 2"
+    # "the 3x3 convolutions in conv5 blocks have dilation 2"
+    theirs.layer4[0].conv2.dilation = theirs.layer4[0].conv2.padding = (2, 2)
     segment.dilate(backbone)
     with torch.no_grad():
         x = torch.randn(1, 1024, 9, 7)
@@ -137,8 +139,10 @@ def test_image_and_label_map_are_cut_scaled_and_mirrored_together():
             return label
     flipped, seen, inside = 0, set(), []
     for seed in range(60):
-        out = segment.random_crop(common.LazyImage(Image.fromarray(picture), 0), np.random.default_rng(seed), 97, Source())
-        assert out["image"].shape == (3, 97, 97) and out["label"].shape == (97, 97) and out["label"].dtype == torch.uint8
+        out = segment.random_crop(common.LazyImage(Image.fromarray(picture), 0), np.random.default_rng(seed), 97,
+                                  Source())
+        assert out["image"].shape == (3, 97, 97) and out["label"].shape == (97, 97)
+        assert out["label"].dtype == torch.uint8
         known = out["label"] != 255
         drawn = out["image"][0].float() / 60
         agree = (drawn.round() == out["label"]) & ((drawn - drawn.round()).abs() < 0.02)
@@ -157,14 +161,17 @@ def test_cityscapes_ids_become_the_19_training_ids(tmp_path):
         for part, name in (("leftImg8bit", "ulm_000_leftImg8bit"), ("gtFine", "ulm_000_gtFine_labelIds")):
             Path(tmp_path, part, split, "ulm").mkdir(parents=True)
             pixels = np.arange(36, dtype=np.uint8).reshape(6, 6)
-            Image.fromarray(np.stack([pixels] * 3, -1) if part == "leftImg8bit" else pixels).save(tmp_path / part / split / "ulm" / f"{name}.png")
+            Image.fromarray(np.stack([pixels] * 3, -1) if part == "leftImg8bit"
+                            else pixels).save(tmp_path / part / split / "ulm" / f"{name}.png")
     assert segment.layout(tmp_path) == ("cityscapes", 19)
     source = segment.LabelMapFolder(tmp_path, "train", 19)
     label = source.label(source.image(0)).flatten().tolist()
     # road, sidewalk, building, person, car and bicycle; pole's group, caravan and trailer do not count
-    assert [label[k] for k in (7, 8, 11, 24, 26, 33)] == [0, 1, 2, 11, 13, 18] and {label[k] for k in (0, 6, 18, 29, 30)} == {255}
+    assert [label[k] for k in (7, 8, 11, 24, 26, 33)] == [0, 1, 2, 11, 13, 18]
+    assert {label[k] for k in (0, 6, 18, 29, 30)} == {255}
     assert sorted(set(label)) == [*range(19), 255]
-    Image.fromarray(np.full((6, 6), 3, np.uint8)).save(tmp_path / "gtFine" / "train" / "ulm" / "ulm_000_gtFine_labelTrainIds.png")
+    Image.fromarray(np.full((6, 6), 3, np.uint8)).save(tmp_path / "gtFine" / "train" / "ulm"
+                                                       / "ulm_000_gtFine_labelTrainIds.png")
     source = segment.LabelMapFolder(tmp_path, "train", 19)  # these files win, as they are
     assert (source.label(source.image(0)) == 3).all()
 
@@ -212,7 +219,8 @@ def test_evaluation_is_at_the_original_size_of_every_image(labeled, tmp_path):
         for k in range(4):
             hits[k] += ((guess == k) & (label == k)).sum()
             union[k] += (((guess == k) | (label == k)) & (label != 255)).sum()
-    assert figures["mIoU"] == pytest.approx(np.mean(hits[union > 0] / union[union > 0])) and (tmp_path / "predictions.png").exists()
+    assert figures["mIoU"] == pytest.approx(np.mean(hits[union > 0] / union[union > 0]))
+    assert (tmp_path / "predictions.png").exists()
 
 
 # --- processes ---
@@ -267,7 +275,8 @@ def test_it_learns_to_tell_object_from_ground(tmp_path, monkeypatch):
             image = np.where(disc[..., None], 220, 40) + rng.integers(-20, 20, (64, 64, 3))
             Image.fromarray(image.astype(np.uint8)).save(tmp_path / "d" / split / "images" / f"{i}.png")
             Image.fromarray(disc.astype(np.uint8)).save(tmp_path / "d" / split / "labels" / f"{i}.png")
-    flags = ["--init", "random", "--arch", "resnet18w0.25", "--size", 65, "--batch-size", 8, "--lr", 0.1, "--classes", 2]
+    flags = ["--init", "random", "--arch", "resnet18w0.25", "--size", 65, "--batch-size", 8, "--lr", 0.1, "--classes",
+             2]
     assert run(monkeypatch, *flags, "--data", tmp_path / "d", "--iterations", 60, "--out", tmp_path / "out") == 0
     assert rows(tmp_path / "out")[-1]["mIoU"] > 0.75  # all ground is 0.42
 
@@ -309,7 +318,8 @@ def test_a_bad_label_map_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatc
 @pytest.mark.parametrize("flags, message", [
     (["--data", "/nowhere", "--classes", 3], "no such folder"), (["--data", "LABELLED"], "--classes"),
     (["--data", "LABELLED", "--classes", 4, "--batch-size", 99], "do not fill a batch"),
-    (["--data", "LABELLED", "--classes", 4, "--batch-size", 4, "--init", "/nowhere.pt"], "cannot be read"), (["--classes", 4], "--data")])
+    (["--data", "LABELLED", "--classes", 4, "--batch-size", 4, "--init", "/nowhere.pt"], "cannot be read"),
+    (["--classes", 4], "--data")])
 def test_wrong_use_ends_with_one_line_and_exit_code_2(labeled, tmp_path, monkeypatch, capfd, flags, message):
     flags = [labeled if flag == "LABELLED" else flag for flag in flags]
     assert run(monkeypatch, "--init", "random", *flags, "--out", tmp_path / "out") == 2

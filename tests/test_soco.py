@@ -36,7 +36,9 @@ def painted(size, box):
 
 
 def extent(view):
-    """Where the paint lies in a view [3, S, S]: x1, y1, x2, y2 to a fraction of a pixel, by how red its edge pixels are."""
+    """Where the paint lies in a view [3, S, S]: x1, y1, x2, y2 to a fraction of a pixel, by how red its edge pixels
+    are.
+    """
     red = view[0].double() / 255
     across, down = red.amax(dim=0), red.amax(dim=1)
     edges = lambda line: (line.nonzero()[0].item() + 1 - line[line.nonzero()[0]].item(),
@@ -65,10 +67,12 @@ def test_jittered_boxes_stay_within_a_tenth_of_the_paint_and_in_the_view():
     rng, moved = np.random.default_rng(1), []
     box = 60, 30, 180, 130
     for _ in range(300):
-        batch = soco.object_views(painted((320, 200), box), rng, lambda image, rng: np.array([box], float), SIZES, 4, 0.5)
+        batch = soco.object_views(painted((320, 200), box), rng, lambda image, rng: np.array([box], float), SIZES, 4,
+                                  0.5)
         for i, side in enumerate(SIZES, start=1):
             boxes, paint = batch[f"boxes{i}"], extent(batch[f"view{i}"])
-            reach = 0.15 * torch.tensor([120 / 320, 100 / 200] * 2) * side / 0.61 + 1  # a crop shows .61 of a side or more
+            # a crop shows .61 of a side or more
+            reach = 0.15 * torch.tensor([120 / 320, 100 / 200] * 2) * side / 0.61 + 1
             assert ((boxes - paint).abs() <= reach).all()              # a tenth of the center, half a tenth of the side
             assert boxes.min() >= 0 and boxes.max() <= side and (boxes[:, 2:] - boxes[:, :2]).min() > 3
             moved.append(((boxes - paint).abs().amax(dim=1) > 1).float().mean().item())
@@ -91,7 +95,8 @@ def test_box_jitter_moves_center_and_side_by_up_to_a_tenth_each_on_its_own_draw(
 def test_a_box_is_jittered_before_the_view_clips_it():
     image, rng = painted((320, 200), (0, 0, 1, 1)), np.random.default_rng(0)
     beyond = lambda image, rng: np.array([[-100.0, -60, 420, 260]])    # more than .15 of its side beyond every border
-    left = lambda image, rng: np.array([[-300.0, -300, 200, 500]])     # jitter may take it out of V2, all but 16 of 224 pixels
+    # jitter may take it out of V2, all but 16 of 224 pixels
+    left = lambda image, rng: np.array([[-300.0, -300, 200, 500]])
     for _ in range(100):
         batch = soco.object_views(image, rng, beyond, SIZES, 2, 1.0)
         assert all((batch[f"boxes{i}"] == torch.tensor([0.0, 0, s, s])).all() for i, s in enumerate(SIZES, start=1))
@@ -113,7 +118,8 @@ def test_v1_is_the_whole_image_v2_half_of_it_or_more_and_v3_shows_the_same_as_v2
         assert (span[1] - span[2]).abs().max() < 0.06
         areas.append([(s[0] * s[1]).item() for s in (span[1], span[3])])
         flips.append([bool(batch[f"view{i}"][0, 0, 0] > batch[f"view{i}"][0, 0, -1]) for i in range(1, 5)])
-        straight = lambda i: soco.mirrored(batch[f"boxes{i}"].numpy(), SIZES[i - 1]) if flips[-1][i - 1] else batch[f"boxes{i}"].numpy()
+        boxes = lambda i: batch[f"boxes{i}"].numpy()
+        straight = lambda i: soco.mirrored(boxes(i), SIZES[i - 1]) if flips[-1][i - 1] else boxes(i)
         assert straight(2) == pytest.approx(2 * straight(3), abs=1e-3)
     areas = np.array(areas)
     assert areas.min() > 0.45 and areas.max() > 0.9 and abs(np.corrcoef(areas.T)[0, 1]) < 0.2  # V2, V4: two crops
@@ -138,7 +144,8 @@ def test_k_different_proposals_are_taken_where_there_are_as_many_and_copies_wher
 
 @pytest.mark.parametrize("boxes", [np.zeros((0, 4)), np.array([[1.0, 1, 4, 4]])])
 def test_an_image_with_no_proposal_in_sight_is_one_whole_object_in_every_view(boxes):
-    batch = soco.object_views(painted((200, 100), (0, 0, 9, 9)), np.random.default_rng(0), lambda image, rng: boxes, SIZES, 3, 0.0)
+    batch = soco.object_views(painted((200, 100), (0, 0, 9, 9)), np.random.default_rng(0), lambda image, rng: boxes,
+                              SIZES, 3, 0.0)
     for i, side in enumerate(SIZES, start=1):
         assert torch.equal(batch[f"boxes{i}"], torch.tensor([0.0, 0, side, side]).expand(3, 4))
 
@@ -146,7 +153,8 @@ def test_an_image_with_no_proposal_in_sight_is_one_whole_object_in_every_view(bo
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (5, 5)])
 def test_images_smaller_than_a_box_give_views_and_boxes_all_the_same(size):
     for boxes in [np.array([[-50.0, -20, 300, 200]]), np.array([[0.0, 0, *size]])]:
-        batch = soco.object_views(painted(size, (0, 0, 1, 1)), np.random.default_rng(0), lambda image, rng: boxes, SIZES, 2, 0.5)
+        batch = soco.object_views(painted(size, (0, 0, 1, 1)), np.random.default_rng(0), lambda image, rng: boxes,
+                                  SIZES, 2, 0.5)
         for i, side in enumerate(SIZES, start=1):
             b = batch[f"boxes{i}"]
             assert b.min() >= 0 and b.max() <= side and (b[:, 2:] - b[:, :2] > 0.7 * side).all()
@@ -154,7 +162,7 @@ def test_images_smaller_than_a_box_give_views_and_boxes_all_the_same(size):
 
 
 def test_a_proposal_counts_as_inside_with_16_of_224_pixels_a_side():
-    crop = np.array([100.0, 50, 100 + 448, 50 + 112])                  # a pixel of the view is 2 wide and half a pixel high
+    crop = np.array([100.0, 50, 100 + 448, 50 + 112])  # a pixel of the view is 2 wide and half a pixel high
     boxes = np.array([[50.0, 0, 132.1, 58.1], [50, 0, 131.9, 58.1], [50, 0, 132.1, 57.9], [548, 50, 700, 100]])
     assert soco.inside(boxes, crop).tolist() == [True, False, False, False]
 
@@ -167,7 +175,7 @@ TINY = dict(arch="resnet18w0.25", size=64, hidden=24, dim=16)
 def tiny(**settings):
     common.seed_everything(0)
     model = soco.SoCo(**{**TINY, **settings})
-    for p in model.online.backbone.parameters():                       # a block whose last gamma is 0 hides its other weights
+    for p in model.online.backbone.parameters():  # a block whose last gamma is 0 hides its other weights
         if p.ndim == 1:
             p.data += 0.2 * torch.rand(p.shape)
     for p in model.target.parameters():                                # so that a mix-up of the two networks shows
@@ -197,11 +205,12 @@ def a_batch(n=4, k=3, sizes=SIZES, seed=1):
 
 
 def test_levels_change_at_48_96_and_192_pixels_of_a_view_of_224_and_in_proportion():
-    sides = [1, 48, 48.1, 96, 96.1, 192, 192.1, 224]                   # Sec. 3.3: 0-48^2, 49^2-96^2, 97^2-192^2, 193^2-224^2
+    sides = [1, 48, 48.1, 96, 96.1, 192, 192.1, 224]  # Sec. 3.3: 0-48^2, 49^2-96^2, 97^2-192^2, 193^2-224^2
     boxes = torch.tensor([[5.0, 7, 5 + side, 7 + side] for side in sides])
     assert soco.assign_levels(boxes, 224).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert soco.assign_levels(boxes / 2, 112).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert soco.assign_levels(boxes / 2, 224).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]   # V3: the same objects, a level lower
+    # V3: the same objects, a level lower
+    assert soco.assign_levels(boxes / 2, 224).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     assert soco.assign_levels(torch.tensor([[0.0, 0, 192, 192]]), 224).tolist() == [2]      # all of V4
     wide = torch.tensor([[0.0, 0, 24, 96], [0, 0, 24.1, 96]])                        # it is the area that counts
     assert soco.assign_levels(wide, 224).tolist() == [0, 1]
@@ -260,7 +269,8 @@ def encode_slowly(encoder, view, box, size):
 def test_loss_equals_equations_1_to_6_written_out_box_by_box(detector, views):
     model, batch = plain(tiny(detector=detector, views=views)), a_batch(sizes=SIZES[:views])
     loss, stats = model(batch)
-    online = lambda i, n, k: model.predictor(encode_slowly(model.online, batch[f"view{i}"][n], batch[f"boxes{i}"][n, k], 64)[None])[0]
+    online = lambda i, n, k: model.predictor(encode_slowly(model.online, batch[f"view{i}"][n],
+                                                           batch[f"boxes{i}"][n, k], 64)[None])[0]
     target = lambda i, n, k: encode_slowly(model.target, batch[f"view{i}"][n], batch[f"boxes{i}"][n, k], 64)
     cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
     total, forth_and_back = 0.0, {i: [] for i in range(2, views + 1)}
@@ -283,7 +293,8 @@ def test_loss_is_symmetric_in_two_views():
 def test_every_view_passes_each_network_once(views):
     model, passes = tiny(views=views), []
     for name in ("online", "target"):
-        getattr(model, name).backbone.register_forward_hook(lambda module, x, y, name=name: passes.append((name, x[0].shape[-1])))
+        record = lambda module, x, y, name=name: passes.append((name, x[0].shape[-1]))
+        getattr(model, name).backbone.register_forward_hook(record)
     model(a_batch(sizes=SIZES[:views]))
     assert sorted(passes) == sorted((name, side) for name in ("online", "target") for side in SIZES[:views])
 
@@ -296,7 +307,8 @@ def test_a_step_trains_all_of_the_online_network_and_the_target_follows_by_momen
     optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=1.0, weight_decay=1e-5)
     loss, _ = model(a_batch(sizes=SIZES[:views]))
     loss.backward()
-    silent = [name for name, p in model.named_parameters() if not name.startswith("target.") and (p.grad is None or not p.grad.abs().sum())]
+    silent = [name for name, p in model.named_parameters() if not name.startswith("target.")
+              and (p.grad is None or not p.grad.abs().sum())]
     # a bias in front of a BN changes nothing
     assert not [name for name in silent if not name.endswith("0.bias")], silent
     assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
@@ -320,7 +332,8 @@ def test_std_is_zero_for_a_collapsed_network_and_about_one_over_root_dim_for_a_s
 def test_fpn_and_head_are_those_of_detectron2s_mask_rcnn_with_norms():
     encoder = soco.ObjectEncoder("resnet50", "fpn", 224, 4096, 256)
     shapes = {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
-    assert [shapes[f"fpn.inner_blocks.{i}.0.weight"] for i in range(4)] == [(256, c, 1, 1) for c in (256, 512, 1024, 2048)]
+    assert [shapes[f"fpn.inner_blocks.{i}.0.weight"]
+            for i in range(4)] == [(256, c, 1, 1) for c in (256, 512, 1024, 2048)]
     assert [shapes[f"fpn.layer_blocks.{i}.0.weight"] for i in range(4)] == [(256, 256, 3, 3)] * 4
     assert [shapes[f"head.{i}.0.weight"] for i in range(4)] == [(256, 256, 3, 3)] * 4
     assert shapes["head.5.weight"] == (1024, 256 * 49) and shapes["fpn.inner_blocks.0.1.running_var"] == (256,)
@@ -425,7 +438,8 @@ def folder(tmp_path):
     return common.ImageFolder(write_pictures(tmp_path / "data", 5))
 
 
-BOXES = [np.array([[1, 2, 30, 40]]), np.zeros((0, 4)), np.array([[0, 0, 9, 9], [3, 3, 20, 30]]), np.array([[5, 5, 8, 8]]), np.zeros((0, 4))]
+BOXES = [np.array([[1, 2, 30, 40]]), np.zeros((0, 4)), np.array([[0, 0, 9, 9], [3, 3, 20, 30]]),
+         np.array([[5, 5, 8, 8]]), np.zeros((0, 4))]
 
 
 def test_proposals_of_any_origin_come_back_image_by_image(folder, tmp_path):
@@ -447,7 +461,8 @@ def test_a_bad_proposals_file_is_refused_in_one_line_that_says_what_is_wrong(fol
         ("is no .npz", lambda: np.savez(path, boxes=good["boxes"])),
         ("is no .npz", lambda: np.save(open(path, "wb"), good["boxes"])),
         ("of other images: number 5", lambda: np.savez(path, **{**good, "names": good["names"][:-1]})),
-        ("of other images: number 5", lambda: np.savez(path, **{**good, "names": np.append(good["names"], np.uint8([65, 0]))})),
+        ("of other images: number 5",
+         lambda: np.savez(path, **{**good, "names": np.append(good["names"], np.uint8([65, 0]))})),
         ("not sound", lambda: np.savez(path, **{**good, "offsets": good["offsets"].astype(float)})),
         ("not sound", lambda: np.savez(path, **{**good, "offsets": np.array([0, 3, 1, 4, 4, 4], np.uint64)})),
         ("not sound", lambda: np.savez(path, **{**good, "boxes": good["boxes"] + 1j})),
@@ -469,7 +484,8 @@ def test_a_bad_proposals_file_is_refused_in_one_line_that_says_what_is_wrong(fol
 
 
 def prepare(data, out):
-    return [sys.executable, str(ROOT / "soco.py"), "--data", str(data), "--prepare", "--proposals", str(out / "p.npz"), "--out", str(out)]
+    return [sys.executable, str(ROOT / "soco.py"), "--data", str(data), "--prepare", "--proposals", str(out / "p.npz"),
+            "--out", str(out)]
 
 
 def test_proposals_whose_making_was_killed_are_finished_without_doing_work_again(tmp_path):
@@ -526,7 +542,8 @@ def test_a_run_makes_its_proposals_and_goes_on_where_it_stopped(pictures, tmp_pa
 
 def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path):
     command = lambda out: [sys.executable, str(ROOT / "soco.py"),
-                           *arguments(pictures, tmp_path / out, "--epochs", 12, "--save-every", 4, "--proposals", "random")]
+                           *arguments(pictures, tmp_path / out, "--epochs", 12, "--save-every", 4, "--proposals",
+                                      "random")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.Popen(command("whole"), env=environment)
     process = subprocess.Popen(command("killed"), env=environment)
@@ -542,7 +559,8 @@ def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures,
 
 
 def test_two_processes_make_proposals_and_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "soco.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "soco.py")]
     plan = arguments(pictures, tmp_path / "two", "--epochs", 2)
     done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -555,15 +573,19 @@ def test_two_processes_make_proposals_and_train_under_torchrun_and_one_goes_on(p
     assert all(math.isfinite(row["loss"]) for row in log)
 
 
-@pytest.mark.parametrize("more", [["--detector", "c4"], ["--views", 4], ["--views", 2], ["--proposals", "whole"], ["--proposals", "whole", "--detector", "fpn"], ["--views", 2, "--jitter", 0, "--no-levels", "--no-head"],
+@pytest.mark.parametrize("more", [["--detector", "c4"], ["--views", 4], ["--views", 2], ["--proposals", "whole"],
+                                  ["--proposals", "whole", "--detector", "fpn"],
+                                  ["--views", 2, "--jitter", 0, "--no-levels", "--no-head"],
                                   ["--amp", "bf16"], ["--size", 64, "--small-size", 48, "--num-proposals", 1]])
 def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     assert run(monkeypatch, *arguments(pictures, tmp_path, "--proposals", "random", "--max-steps", 3, *more)) == 0
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--detector", "c4", "--views", "3"], "views V1 and V2 alone"), (["--detector", "c4", "--no-head"], "for --detector fpn"),
-    (["--detector", "c4", "--small-size", "16"], "no V3"), (["--views", "2", "--small-size", "16"], "no V3"), (["--proposals", "truth"], "drawn shapes"),
+    (["--detector", "c4", "--views", "3"], "views V1 and V2 alone"),
+    (["--detector", "c4", "--no-head"], "for --detector fpn"),
+    (["--detector", "c4", "--small-size", "16"], "no V3"), (["--views", "2", "--small-size", "16"], "no V3"),
+    (["--proposals", "truth"], "drawn shapes"),
     (["--proposals", "random", "--prepare"], "nothing to make"), (["--proposals", "randon"], "ends in .npz"),
     (["--warmup", "inf"], "from 0"), (["--batch-size", "1"], "at least 2"), (["--num-proposals", "0"], "1"),
     (["--proposals", "/proc/no/p.npz"], "cannot write /proc/no/p.npz"), (["--arch", "resnet51"], "unknown --arch")])

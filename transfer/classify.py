@@ -3,16 +3,16 @@
     python transfer/classify.py --init runs/soco/last.pt --protocol objects --train IMAGES JSON --val IMAGES JSON
     python transfer/classify.py --init runs/soco/last.pt --protocol objects                   the same on drawn shapes
     python transfer/classify.py --init random --arch resnet18 --protocol supervised     its ceiling: trained on labels
-    python transfer/classify.py --init runs/moco/last.pt --data /imagenet                     linear probe of c5 (MoCo Sec. 4.1)
+    python transfer/classify.py --init runs/moco/last.pt --data /imagenet                 linear probe (MoCo Sec. 4.1)
     python transfer/classify.py --init random --data DIR --protocol knn                       c2 to c5 beside each other
-    python transfer/classify.py --init runs/detco/last.pt --data VOC2007 --protocol svm       DetCo Table 2, DUPR Table 6
+    python transfer/classify.py --init runs/detco/last.pt --data VOC2007 --protocol svm      DetCo Table 2, DUPR Table 6
     python transfer/classify.py --init resnet50.pth --data DIR --protocol finetune            end to end (MoCo A.6, A.7)
     torchrun --nproc_per_node=8 transfer/classify.py ...                                      the same, sooner
 
 objects asks what detection asks of features: of which class is the object in a box? Each box of COCO's annotations is
-pooled from every stage, and with SoCo's weights from its pyramid and its head. DIR has train/ and val/ with a folder for
-each class; svm takes VOC2007 as it is, too. objects, supervised, knn and svm print a table and write it to --out; linear,
-finetune and supervised write last.pt and log.jsonl there, and the same command again goes on where it stopped.
+pooled from every stage, and with SoCo's weights from its pyramid and its head. DIR has train/ and val/ with a folder
+for each class; svm takes VOC2007 as it is, too. objects, supervised, knn and svm print a table and write it to --out;
+linear, finetune and supervised write last.pt and log.jsonl there, and the same command again goes on where it stopped.
 """
 import json
 import sys
@@ -38,14 +38,16 @@ FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # lr 0.03 from a checkpoin
 OBJECTS = ("objects", "supervised")
 SHAPES = dict(size=48, unlabeled=8192, train=1200, val=400)  # drawn pictures, as many as in the demos
 
-POOL = {2: 6, 3: 4, 4: 3, 5: 2}                # svm pools a stage to so many cells a side: about 9000 numbers of a ResNet-50
+POOL = {2: 6, 3: 4, 4: 3, 5: 2}  # svm pools a stage to so many cells a side: about 9000 numbers of a ResNet-50
 COSTS = [2.0 ** k for k in range(-19, 8, 2)]   # an SVM's, to choose from
 
 
 # --- Labeled images -------------------------------------------------------------------------------------------------
 
 class VOC2007(common.ImageFolder):
-    """The images of ImageSets/Main/{split}.txt. `.truth`: [N, 20] of 1 (shows the class), -1 (does not), 0 (hard to say)."""
+    """The images of ImageSets/Main/{split}.txt. `.truth`: [N, 20] of 1 (shows the class), -1 (does not), 0 (hard to
+    say).
+    """
 
     def __init__(self, root, split):
         super().__init__(Path(root, "JPEGImages"))
@@ -55,13 +57,16 @@ class VOC2007(common.ImageFolder):
             names = sorted(columns[0])
             self.truth = torch.tensor([[int(column[name]) for column in columns] for name in names])
         except (OSError, ValueError, LookupError) as error:
-            common.fail(f"{root}/ImageSets/Main/*_{split}.txt cannot be read as VOC's ({type(error).__name__}: {error})")
+            common.fail(f"{root}/ImageSets/Main/*_{split}.txt cannot be read as VOC's "
+                        f"({type(error).__name__}: {error})")
         self.classes = [file.name.removesuffix(f"_{split}.txt") for file in files]
         self.only([f"{name}.jpg".encode() for name in names], split)
 
 
 def open_labeled(args):
-    """(images to learn from, images to evaluate on, the class of each image of both, or None for VOC, number of classes)."""
+    """(images to learn from, images to evaluate on, the class of each image of both, or None for VOC, number of
+    classes).
+    """
     if Path(args.data, "ImageSets", "Main").is_dir():
         if args.protocol != "svm":
             common.fail(f"{args.data} is VOC's, whose images show several classes: take --protocol svm")
@@ -77,8 +82,9 @@ def open_labeled(args):
 
 
 def labeled_view(image, rng, size, labels=None, augment=False):
-    """A view [3, size, size] uint8, the middle of the image or with `augment` a random resized crop, mirrored half of the time;
-    its class; and `at`, which image it is (another's where one cannot be decoded)."""
+    """A view [3, size, size] uint8, the middle of the image or with `augment` a random resized crop, mirrored half of
+    the time; its class; and `at`, which image it is (another's where one cannot be decoded).
+    """
     crop = common.random_crop(image.size, (0.08, 1.0), rng) if augment else common.center_crop(image.size)
     view, = image.crop([crop], [size])
     if augment and rng.random() < 0.5:
@@ -90,8 +96,9 @@ def labeled_view(image, rng, size, labels=None, augment=False):
 # --- Linear probe and fine-tuning ------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """Backbone, global average pooling of one of its stages, a fully connected layer. frozen: the backbone's weights and
-    BN statistics stay as they are."""
+    """Backbone, global average pooling of one of its stages, a fully connected layer. frozen: the backbone's weights
+    and BN statistics stay as they are.
+    """
 
     def __init__(self, backbone, stage, classes, frozen):
         super().__init__()
@@ -131,10 +138,11 @@ def evaluate(model, source, labels, args, device):
     mine = [(0, i) for i in range(common.rank(), len(source), common.world_size())]
     batches = (mine[start:start + 256] for start in range(0, len(mine), 256))
     counts = torch.zeros(3, dtype=torch.long, device=device)
-    for batch in common.Loader(source, partial(labeled_view, size=args.size, labels=labels), batches, args.workers, device):
+    for batch in common.Loader(source, partial(labeled_view, size=args.size, labels=labels), batches, args.workers,
+                               device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             scores = model.scores(batch["view"])
-        own = (batch["at"] == batch["index"])[:, None]                                    # not what stands in for another
+        own = (batch["at"] == batch["index"])[:, None]  # not what stands in for another
         hits = (scores.topk(min(5, scores.shape[1])).indices == batch["label"][:, None]) & own  # [N, 5]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), own.sum()])
     if common.world_size() > 1:
@@ -145,7 +153,7 @@ def evaluate(model, source, labels, args, device):
 
 
 def train(args, source, model, views, device, collate=None, evaluate_epoch=None):
-    """The loop of all that is trained here; evaluate_epoch() gives a row for the log after each epoch. Returns the run."""
+    """The finished run of all that is trained here. evaluate_epoch() gives a row for the log after each epoch."""
     model.to(device, memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -155,7 +163,8 @@ def train(args, source, model, views, device, collate=None, evaluate_epoch=None)
 
     for batch in batches:
         common.seed_everything(args.seed, run.step, common.rank())
-        lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total, drops=args.drops)
+        lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total,
+                                  drops=args.drops)
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             loss, stats = ddp(batch)
@@ -183,17 +192,20 @@ def classify_images(args, backbone, device):
     tested = [row for row in run.rows() if "top1" in row] if common.rank() == 0 else []
     if tested:
         best, last = max(row["top1"] for row in tested), tested[-1]
-        print(f"{args.protocol}, c{args.stage} of {args.init}, step {run.step} of {run.total}: top-1 {last['top1']:.1%}, top-5 "
-              f"{last['top5']:.1%} (best epoch's top-1 {best:.1%}; chance is {1 / classes:.1%})")
+        print(f"{args.protocol}, c{args.stage} of {args.init}, step {run.step} of {run.total}: "
+              f"top-1 {last['top1']:.1%}, top-5 {last['top5']:.1%} "
+              f"(best epoch's top-1 {best:.1%}; chance is {1 / classes:.1%})")
 
 
 # --- Support vector machines -----------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def pooled(backbone, source, stage, args, device):
-    """A stage's output, pooled to a few cells and L2-normalized, of every image: [N, D], in all processes; and which image
-    each row is of [N]."""
-    share = np.arange(common.rank(), len(source) + -len(source) % common.world_size(), common.world_size()) % len(source)
+    """A stage's output, pooled to a few cells and L2-normalized, of every image: [N, D], in all processes; and which
+    image each row is of [N].
+    """
+    share = np.arange(common.rank(), len(source) + -len(source) % common.world_size(),
+                      common.world_size()) % len(source)
     batches = ([(0, int(i)) for i in share[start:start + 256]] for start in range(0, len(share), 256))
     rows, at = None, torch.zeros(len(source), dtype=torch.long, device=device)
     normalize = common.Photometric().to(device)
@@ -211,9 +223,9 @@ def pooled(backbone, source, stage, args, device):
 def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
     """Support vector machines, one a column of y: w that minimizes |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2.
 
-    x: [N, D]; y: [N, K] of 1, -1, or 0 for what a column leaves out; cost: C, a number or [K]; C_i = `positive` * C where y_i
-    is 1. Returns [D, K]. Newton's method on all columns at once, its equations solved by conjugate gradients: the objective
-    consists of parabolas. A column is done when its gradient has fallen to `tol` of that at w = 0.
+    x: [N, D]; y: [N, K] of 1, -1, or 0 for what a column leaves out; cost: C, a number or [K]; C_i = `positive` * C
+    where y_i is 1. Returns [D, K]. Newton's method on all columns at once, its equations solved by conjugate gradients:
+    the objective consists of parabolas. A column is done when its gradient has fallen to `tol` of that at w = 0.
     """
     weight = cost * torch.where(y > 0, positive, 1.0) * (y != 0)                       # [N, K]
     w = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.clone()
@@ -228,7 +240,7 @@ def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
         s, r = torch.zeros_like(w), -gradient
         p, rr = r, (r * r).sum(dim=0)
         enough = torch.maximum(0.01 * rr, (goal / 2) ** 2)
-        for _ in range(200):                                                           # (I + 2 x' diag(active) x) s = -gradient
+        for _ in range(200):  # (I + 2 x' diag(active) x) s = -gradient
             hp = p + 2 * x.T @ (active * (x @ p))
             alpha = rr / (p * hp).sum(dim=0).clamp(min=1e-30)
             s, r = s + alpha * p, r - alpha * hp
@@ -237,15 +249,17 @@ def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
                 break
             p = r + rr / before.clamp(min=1e-30) * p
         z = y * (x @ s)
-        values = torch.stack([((w + t * s) ** 2).sum(dim=0) / 2 + (weight * (slack - t * z).clamp(min=0) ** 2).sum(dim=0)
+        values = torch.stack([((w + t * s) ** 2).sum(dim=0) / 2
+                              + (weight * (slack - t * z).clamp(min=0) ** 2).sum(dim=0)
                               for t in steps])                                         # [13, K]
         w = w + steps[values.argmin(dim=0)] * s
     return w
 
 
 def average_precision(scores, truth):
-    """VOC's: the area below precision over recall, precision at a recall being the best at that or more. Both [M, K], truth of 1,
-    -1, or 0 for what does not count -> [K]; nan where a column has no 1."""
+    """VOC's: the area below precision over recall, precision at a recall being the best at that or more. Both [M, K],
+    truth of 1, -1, or 0 for what does not count -> [K]; nan where a column has no 1.
+    """
     truth = truth.gather(0, scores.argsort(dim=0, descending=True))
     hits, seen = (truth > 0).cumsum(dim=0), (truth != 0).cumsum(dim=0)
     precision = (hits / seen.clamp(min=1)).flip(0).cummax(dim=0).values.flip(0)
@@ -253,14 +267,15 @@ def average_precision(scores, truth):
 
 
 def svm(x, y, x_val, y_val, single):
-    """One-vs-rest SVMs of features x [N, D] for y [N, K], evaluated on the others: {"mAP", "accuracy" where `single`, "cost"}.
+    """One-vs-rest SVMs of features x [N, D] for y [N, K], evaluated on the others: {"mAP", "accuracy" where `single`,
+    "cost"}.
 
-    The cost is chosen by 3-fold cross-validation: of each class by its AP, or where an image has a `single` class, of all by
-    accuracy.
+    The cost is chosen by 3-fold cross-validation: of each class by its AP, or where an image has a `single` class, of
+    all by accuracy.
     """
     x, x_val = (F.pad(rows, (0, 1), value=1.0) for rows in (x, x_val))                 # the last column is the bias's
     y, y_val = y.to(x.dtype), y_val.to(x.dtype)
-    fold = torch.arange(len(y), device=x.device) % 3                                   # a class's images follow each other
+    fold = torch.arange(len(y), device=x.device) % 3  # a class's images follow each other
     held = F.one_hot(fold, 3)[:, None]                                                 # [N, 1, 3]
     y_fit, y_held = ((y[:, :, None] * part).flatten(1) for part in (1 - held, held))   # [N, K * 3]
     w, quality = None, []
@@ -268,7 +283,7 @@ def svm(x, y, x_val, y_val, single):
         w = linear_svm(x, y_fit, cost, w)
         scores = x @ w
         if single:
-            own = (scores.view(*y.shape, 3) * held).sum(dim=2)                         # by the SVMs that have not seen it
+            own = (scores.view(*y.shape, 3) * held).sum(dim=2)  # by the SVMs that have not seen it
             quality.append((own.argmax(dim=1) == y.argmax(dim=1)).float().mean().expand(y.shape[1]))
         else:
             quality.append(average_precision(scores, y_held).view(-1, 3).nanmean(dim=1))
@@ -308,8 +323,9 @@ class Network(nn.Module):
         self.normalize = common.Photometric()
 
     def forward(self, views, boxes):
-        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: what each part sees of n boxes in all. views: [N, 3, S, S] uint8;
-        boxes: [k, 4] of each, in its pixels."""
+        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: what each part sees of n boxes in all. views: [N, 3, S, S]
+        uint8; boxes: [k, 4] of each, in its pixels.
+        """
         stages = self.backbone(self.normalize(views))
         rows = common.pool_stages(stages, boxes)
         if self.detects:
@@ -323,7 +339,7 @@ class Network(nn.Module):
 
 
 class Supervised(nn.Module):
-    """The ceiling of `objects`: the same features, trained on labels, each stage with a linear classifier of its own."""
+    """The ceiling of `objects`: the same features, trained on labels, with a linear classifier for each stage."""
 
     def __init__(self, backbone, classes):
         super().__init__()

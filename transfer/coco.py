@@ -19,7 +19,8 @@ class CocoFolder(common.ImageFolder):
 
     needs: what each object must have beside its box, "segmentation" or "keypoints" (an object without is not learned).
     `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. What the file says
-    of an image is kept as text in one buffer, which does not grow with each worker. Exits with 2 on a file that is none.
+    of an image is kept as text in one buffer, which does not grow with each worker. Exits with 2 on a file that is
+    none.
     """
 
     def __init__(self, folder, path, training, needs=None):
@@ -31,7 +32,8 @@ class CocoFolder(common.ImageFolder):
             objects = {image["id"]: [] for image in dataset["images"]}
             for annotation in dataset["annotations"]:
                 if annotation["category_id"] not in self.classes:
-                    common.fail(f"{path}: an object is of category {annotation['category_id']}, which `categories` lacks")
+                    common.fail(f"{path}: an object is of category {annotation['category_id']}, "
+                                "which `categories` lacks")
                 if annotation["image_id"] not in objects:
                     common.fail(f"{path}: an object is in image {annotation['image_id']}, which `images` lacks")
                 if needs == "segmentation" and not annotation.get(needs):
@@ -39,7 +41,8 @@ class CocoFolder(common.ImageFolder):
                 x, y, w, h = map(float, annotation["bbox"])
                 seen = needs != "keypoints" or any((annotation.get(needs) or [])[2::3])
                 if not annotation.get("iscrowd") and w > 0 and h > 0 and seen:
-                    objects[annotation["image_id"]].append({"category_id": annotation["category_id"], "bbox": [x, y, w, h],
+                    objects[annotation["image_id"]].append({"category_id": annotation["category_id"],
+                                                            "bbox": [x, y, w, h],
                                                       **({needs: annotation[needs]} if needs else {})})
             images = [image for image in dataset["images"] if objects[image["id"]] or not training]
             names = [os.fsencode(os.path.normpath(image["file_name"])) for image in images]
@@ -72,12 +75,14 @@ class CocoFolder(common.ImageFolder):
         return boxes, np.array([order.index(annotation["category_id"]) for annotation in objects], np.int64)
 
     def fingerprint(self):
-        return {**super().fingerprint(), "annotations": zlib.crc32(self.annotations), "classes": list(self.classes.values())}
+        return {**super().fingerprint(), "annotations": zlib.crc32(self.annotations),
+                "classes": list(self.classes.values())}
 
 
 def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=False):
     """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is
-    the ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time."""
+    the ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time.
+    """
     (boxes, classes), objects = source.objects(image.index), source.annotation(image.index)[2]
     boxes = boxes.clip(0, np.tile(np.float32(image.size), 2))
     seen = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
@@ -126,7 +131,8 @@ def ground_truth(path, source):
     for k, annotation in enumerate(dataset["annotations"], start=1):
         points = annotation.get("keypoints") or [0] * 3 * len(source.keypoints)
         annotations.append({
-            **annotation, "id": k, "image_id": number[annotation["image_id"]], "iscrowd": annotation.get("iscrowd") or 0,
+            **annotation, "id": k, "image_id": number[annotation["image_id"]],
+            "iscrowd": annotation.get("iscrowd") or 0,
             "area": annotation.get("area") or annotation["bbox"][2] * annotation["bbox"][3],
             "keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])})
     truth = COCO()
@@ -163,7 +169,8 @@ def average_precision(truth, rows, kinds):
                 evaluation = COCOeval(truth, truth.loadRes([dict(row) for row in rows]), kind)
                 points = len(rows[0].get("keypoints", ())) // 3
                 if kind == "keypoints" and points != len(evaluation.params.kpt_oks_sigmas):
-                    evaluation.params.kpt_oks_sigmas = np.full(points, 0.05)  # COCO's are those of a person's 17 keypoints
+                    # COCO's are those of a person's 17 keypoints
+                    evaluation.params.kpt_oks_sigmas = np.full(points, 0.05)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()

@@ -1,11 +1,12 @@
-"""COCO annotations as masks for detcon.py (the paper's Sec. 4.4 pre-trains on human masks), or as label maps for segment.py.
+"""COCO annotations as masks for detcon.py (the paper's Sec. 4.4 pre-trains on human masks), or as label maps for
+segment.py.
 
     python transfer/coco_masks.py instances_train2017.json train2017 masks
     python detcon.py --data train2017 --masks masks
     python transfer/coco_masks.py --labels annotations.json DIR/train/images DIR/train/labels
 
-For every image of the folder a 16-bit PNG with a mask a bit: the 16 largest objects. With --labels an 8-bit PNG, whose pixels
-are 0 for the ground and k for the k-th category by id, small objects above large ones. Crowds are left out.
+For every image of the folder a 16-bit PNG with a mask a bit: the 16 largest objects. With --labels an 8-bit PNG, whose
+pixels are 0 for the ground and k for the k-th category by id, small objects above large ones. Crowds are left out.
 """
 import argparse
 import json
@@ -20,7 +21,7 @@ import common  # noqa: E402
 
 
 def decode(segmentation, size):
-    """A mask [H, W] bool of COCO's polygons (in an image of `size` = (width, height)) or run lengths, plain or packed."""
+    """A mask [H, W] bool of COCO's polygons, in an image of (width, height), or of run lengths, plain or packed."""
     if isinstance(segmentation, list):
         return np.any([np.zeros(size[::-1], bool), *(inside(polygon, size) for polygon in segmentation)], axis=0)
     counts = segmentation["counts"]
@@ -33,7 +34,7 @@ def inside(polygon, size):
     """The pixels whose centers lie within a polygon (x1, y1, x2, y2, ...), by the even-odd rule -> [H, W] bool."""
     x, y = np.reshape(polygon, (-1, 2)).T.astype(float)
     dx, dy, center = np.roll(x, -1) - x, np.roll(y, -1) - y, np.arange(size[1]) + 0.5
-    edge, row = np.nonzero((y[:, None] <= center) != ((y + dy)[:, None] <= center))        # which edge crosses which row
+    edge, row = np.nonzero((y[:, None] <= center) != ((y + dy)[:, None] <= center))  # which edge crosses which row
     cross = x[edge] + (center[row] - y[edge]) / dy[edge] * dx[edge]
     turns = np.zeros((size[1], size[0] + 1), int)
     np.add.at(turns, (row, np.ceil(cross - 0.5).clip(0, size[0]).astype(int)), 1)          # from here on in, or out

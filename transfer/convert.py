@@ -1,7 +1,7 @@
 """From weights to a detector: last.pt of any method, or what others released, in Detectron2's or torchvision's names.
 
     python transfer/convert.py runs/soco/last.pt soco.pkl                    Detectron2: MODEL.WEIGHTS soco.pkl
-    python transfer/convert.py runs/soco/last.pt soco.pth                    torchvision's Faster, Mask and Keypoint R-CNN
+    python transfer/convert.py runs/soco/last.pt soco.pth                 torchvision's Faster, Mask and Keypoint R-CNN
     python transfer/convert.py runs/soco/last.pt soco.pth --to torchvision-p3    its RetinaNet and FCOS
     python transfer/convert.py runs/moco/last.pt moco.pth --to resnet        torchvision.models.resnet50 and the like
     python transfer/convert.py ckpt_epoch_400.pth soco.pkl                   as SoCo's, MoCo's, DetCo's authors gave it
@@ -42,20 +42,23 @@ def resnet_name(name):
 
 
 def torchvision_name(name, lowest=2):
-    """In torchvision's detectors; None for what they have no place for. lowest: the pyramid's first level, 3 in RetinaNet and
-    FCOS, whose blocks count from there."""
+    """In torchvision's detectors; None for what they have no place for. lowest: the pyramid's first level, 3 in
+    RetinaNet and FCOS, whose blocks count from there.
+    """
     part, _, rest = name.partition(".")
     if part == "fpn":
         block, i, rest = rest.split(".", 2)                                 # inner_blocks or layer_blocks
         return f"backbone.fpn.{block}.{int(i) + 2 - lowest}.{rest}" if int(i) + 2 >= lowest else None
     if part == "head" and lowest > 2:
         return None
-    return {"backbone": "backbone.body.", "head": "roi_heads.box_head."}[part] + rest if part in ("backbone", "head") else None
+    return {"backbone": "backbone.body.",
+            "head": "roi_heads.box_head."}[part] + rest if part in ("backbone", "head") else None
 
 
 def detectron2_name(name, modules=common.modules(common.DETECTRON2)):
-    """In Detectron2's models, less the prefix in which they differ: `backbone.` or `backbone.bottom_up.`, and `roi_heads.` of
-    res5 in a C4 detector. Its checkpointer matches by the end of a name."""
+    """In Detectron2's models, less the prefix in which they differ: `backbone.` or `backbone.bottom_up.`, and
+    `roi_heads.` of res5 in a C4 detector. Its checkpointer matches by the end of a name.
+    """
     if not (prefix := common.longest_prefix(name, modules)):
         return None
     return ("roi_heads." if prefix.startswith("head.") else "") + modules[prefix] + name[len(prefix):]
@@ -66,8 +69,9 @@ NAMES = {"detectron2": detectron2_name, "torchvision": torchvision_name,
 
 
 def convert(tensors, to):
-    """{name: tensor} as `read` gives it -> (the same in the names of `to`, {a part of the network: how many of its tensors have
-    no place there})."""
+    """{name: tensor} as `read` gives it -> (the same in the names of `to`, {a part of the network: how many of its
+    tensors have no place there}).
+    """
     named = {name: NAMES[to](name) for name in tensors}
     return ({new: tensors[name] for name, new in named.items() if new},
             Counter(name.partition(".")[0] for name, new in named.items() if not new))
@@ -77,7 +81,8 @@ def write(path, tensors, to):
     """The tensors as a file: a dict for torch.load, or what Detectron2's checkpointer expects of a .pkl."""
     with common.atomic_write(path) as file:
         if to == "detectron2":
-            content = {"model": {name: x.numpy() for name, x in tensors.items()}, "__author__": "pre-training for detection",
+            content = {"model": {name: x.numpy() for name, x in tensors.items()},
+                       "__author__": "pre-training for detection",
                        "matching_heuristics": True}
             # The many Detectron2s with NumPy 1 know arrays by their old address, where NumPy 2 still finds them.
             file.write(pickle.dumps(content, 3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
@@ -94,7 +99,8 @@ def add_init(parser):
         help="last.pt of one of the five methods; what the authors of MoCo, DetCo or SoCo released; torchvision's "
         "weights of a ResNet; Detectron2's .pkl; or: random")
     add("--part", choices=PARTS, default="online", help="online or query, target or key (default: online)")
-    add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: --init's, "
+    add("--arch",
+        help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: --init's, "
         "or resnet50)")
 
 
@@ -149,7 +155,8 @@ def main():
     parser.add_argument("weights", help="last.pt, or another file that the list above names")
     parser.add_argument("file", help="to write: .pkl for Detectron2, anything else for torchvision")
     parser.add_argument("--to", choices=list(NAMES), help="whose names (default: by the file's)")
-    parser.add_argument("--part", choices=PARTS, default="online", help="which network (default: online, the one that is trained)")
+    parser.add_argument("--part", choices=PARTS, default="online",
+                        help="which network (default: online, the one that is trained)")
     args = parser.parse_args()
     to = args.to or ("detectron2" if args.file.endswith(".pkl") else "torchvision")
     tensors, weights = read(args.weights, args.part)

@@ -1,5 +1,5 @@
-"""Fine-tunes torchvision's detectors from a checkpoint, on any images with COCO annotations: what train_net.py does, without
-Detectron2.
+"""Fine-tunes torchvision's detectors from a checkpoint, on any images with COCO annotations: what train_net.py does,
+without Detectron2.
 
     python transfer/detect.py --init runs/soco/last.pt --train IMAGES TRAIN.json --val IMAGES VAL.json
     python transfer/detect.py --init random ...                          from nothing; or torchvision's resnet50-*.pth
@@ -7,9 +7,9 @@ Detectron2.
     python transfer/detect.py --freeze ...                               DetCon's frozen features (its Sec. 4.3)
     torchrun --nproc_per_node=8 transfer/detect.py ...                   as the papers: 1x on COCO, 16 images a step
 
-The backbone is filled from every method, FPN and box head from SoCo too. All norms are trained, over all processes. Writes
-last.pt, whose `model` has torchvision's names, and log.jsonl with COCO's AP (package pycocotools) to --out; the same command
-again goes on where it stopped.
+The backbone is filled from every method, FPN and box head from SoCo too. All norms are trained, over all processes.
+Writes last.pt, whose `model` has torchvision's names, and log.jsonl with COCO's AP (package pycocotools) to --out; the
+same command again goes on where it stopped.
 """
 import sys
 from functools import partial
@@ -33,31 +33,38 @@ import common  # noqa: E402
 from transfer import coco, convert  # noqa: E402
 
 DEFAULTS = dict(  # Detectron2's 1x schedule on COCO, which the papers take; lr is for 16 images a step
-    model="fasterrcnn", head="4conv1fc", size=[640, 800], rois=512, epochs=12, batch_size=16, lr=0.02, warmup=0.14, drops=[2 / 3, 8 / 9],
+    model="fasterrcnn", head="4conv1fc", size=[640, 800], rois=512, epochs=12, batch_size=16, lr=0.02, warmup=0.14,
+    drops=[2 / 3, 8 / 9],
     weight_decay=1e-4, print_every=50)
-LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fcos": 3}  # the pyramid's first level, by model
+# the pyramid's first level, by model
+LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fcos": 3}
 
 
 # --- Detectors -------------------------------------------------------------------------------------------------------
 
 def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), rois=512):
-    """torchvision's detector with trained norms, over all processes, in backbone, FPN and box head. size: range of the shorter
-    side in training, in pixels; tests are at the larger, and a box's pyramid level is that of its size at 800. rois: those of an
-    image that train the box head. A backbone narrower than ResNet's has a detector as much narrower."""
+    """torchvision's detector with trained norms, over all processes, in backbone, FPN and box head. size: range of the
+    shorter side in training, in pixels; tests are at the larger, and a box's pyramid level is that of its size at 800.
+    rois: those of an image that train the box head. A backbone narrower than ResNet's has a detector as much narrower.
+    """
     norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
     channels = round(256 * min(1.0, network.width))
     if lowest == 3 and channels % 64:
-        common.fail(f"--arch {arch}: the 32 norm groups of {model}'s head need a width of a quarter or a multiple of it")
-    extra = {"retinanet": LastLevelP6P7(network.channels[-1], channels), "fcos": LastLevelP6P7(channels, channels)}.get(model)
+        common.fail(f"--arch {arch}: the 32 norm groups of {model}'s head need a width of a quarter or a "
+                    "multiple of it")
+    extra = {"retinanet": LastLevelP6P7(network.channels[-1], channels),
+             "fcos": LastLevelP6P7(channels, channels)}.get(model)
     backbone = BackboneWithFPN(network, {f"layer{level - 1}": str(level - lowest) for level in range(lowest, 6)},
                                network.channels[lowest - 2:], channels, extra, norm)
     scales = dict(min_size=tuple(range(size[1], size[0] - 1, -32))[::-1], max_size=round(size[1] * 1333 / 800),
                   image_mean=common.MEAN, image_std=common.STD)
     if model == "fcos":
         return FCOS(backbone, classes + 1, **scales)
-    if model == "retinanet":  # GroupNorm in a head that all levels share, as their statistics differ: torchvision's "v2"
-        anchors = AnchorGenerator(tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512)),
+    # GroupNorm in a head that all levels share, as their statistics differ: torchvision's "v2"
+    if model == "retinanet":
+        anchors = AnchorGenerator(tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3)))
+                                        for x in (32, 64, 128, 256, 512)),
                                   ((0.5, 1.0, 2.0),) * 5)
         head = RetinaNetHead(channels, 9, classes + 1, norm_layer=partial(nn.GroupNorm, 32))
         return RetinaNet(backbone, classes + 1, anchor_generator=anchors, head=head, **scales)
@@ -106,7 +113,8 @@ class DetectorWithLosses(nn.Module):
         super().__init__()
         self.detector, self.freeze = detector, freeze
         detector.backbone.body.requires_grad_(not freeze)
-        for name, module in detector.named_modules():  # anchors and boxes take their type: bf16 knows every 4th pixel above 512
+        # anchors and boxes take their type: bf16 knows every 4th pixel above 512
+        for name, module in detector.named_modules():
             if name in ("backbone", "rpn.head", "roi_heads.box_predictor", "head"):
                 module.register_forward_hook(lambda module, x, output: to_float32(output))
 
@@ -126,12 +134,15 @@ class DetectorWithLosses(nn.Module):
 
 @torch.no_grad()
 def evaluate(detector, source, truth, args, device):
-    """COCO's AP, AP50 and AP75 in per cent, of boxes and of masks or keypoints: {"AP": 37.9, ..., "mask_AP": ...}, in process 0,
-    where `truth` is `coco.ground_truth`; {} in the others, which look at their share of the images. Leaves the detector in eval mode."""
+    """COCO's AP, AP50 and AP75 in per cent, of boxes and of masks or keypoints: {"AP": 37.9, ..., "mask_AP": ...}, in
+    process 0, where `truth` is `coco.ground_truth`; {} in the others, which look at their share of the images. Leaves
+    the detector in eval mode.
+    """
     detector.eval()
     found, classes = {}, list(source.classes)
     batches = ([(0, i)] for i in range(common.rank(), len(source), common.world_size()))
-    for batch in common.Loader(source, partial(coco.image_and_targets, source=source), batches, args.workers, device, collate=common.collate_lists):
+    for batch in common.Loader(source, partial(coco.image_and_targets, source=source), batches, args.workers, device,
+                               collate=common.collate_lists):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             output, = detector([x.float() / 255 for x in batch["image"]])
         image = int(batch["at"][0])  # one that stands in for an undecodable one counts once
@@ -154,15 +165,19 @@ def arguments():
     convert.add_init(parser)
     add = parser.own.add_argument
     count = common.bounded(int, 1)
-    add("--train", nargs=2, required=True, metavar=("IMAGES", "JSON"), help="folder, and COCO annotations of images below it")
+    add("--train", nargs=2, required=True, metavar=("IMAGES", "JSON"),
+        help="folder, and COCO annotations of images below it")
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, for AP (default: no AP)")
     add("--model", choices=list(LOWEST), help="which of torchvision's detectors")
-    add("--head", choices=["4conv1fc", "2fc"], help="box head: SoCo's and torchvision's v2, with norms, or the classic one")
-    add("--size", type=common.bounded(int, 32), nargs=2, help="range of the image's shorter side in training; tested at the larger")
+    add("--head", choices=["4conv1fc", "2fc"],
+        help="box head: SoCo's and torchvision's v2, with norms, or the classic one")
+    add("--size", type=common.bounded(int, 32), nargs=2,
+        help="range of the image's shorter side in training; tested at the larger")
     add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs)")
     add("--freeze", action="store_true", help="keep the backbone as it is (DetCon Sec. 4.3)")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--drops", type=common.bounded(float, 0, 1), nargs="+", help="when the learning rate falls to a tenth, in shares of the run")
+    add("--drops", type=common.bounded(float, 0, 1), nargs="+",
+        help="when the learning rate falls to a tenth, in shares of the run")
     add("--weight-decay", type=common.bounded(float, 0), help="of all but norms and biases")
     add("--eval-every", type=count, help="epochs between APs (default: at the end alone)")
     args = parser.parse(lambda args: {"lr": 0.01} if args.model in ("retinanet", "fcos") else {})
@@ -187,7 +202,8 @@ def main():
     truth = coco.ground_truth(args.val[1], val) if val and common.rank() == 0 else None
     if val and val.classes != source.classes:
         here, there = source.classes.items(), val.classes.items()
-        common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}: {sorted(there ^ here)[0]} is in one alone")
+        common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}: "
+                    f"{sorted(there ^ here)[0]} is in one alone")
     if keypoints and not source.keypoints:
         common.fail(f"{args.train[1]}: no category has `keypoints`")
     tensors, _ = convert.initial(args, ("backbone", "fpn", "head"))

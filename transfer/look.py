@@ -1,15 +1,15 @@
 """The papers' pictures, of any checkpoints and any folder of images; without --data of the shapes that the demos draw.
 
-    python transfer/look.py attention --init runs/detco/last.pt runs/moco/last.pt    where c5 is active: DetCo, Figures 5, 6
+    python transfer/look.py attention --init runs/detco/last.pt runs/moco/last.pt   where c5 is active: DetCo Fig. 5, 6
     python transfer/look.py neighbors --init runs/detco/last.pt --data DIR          the nearest images: DetCo, Figure 7
     python transfer/look.py patches --init runs/dupr/last.pt runs/moco/last.pt       patches found again: DUPR, Figure 7
-    python transfer/look.py iou --init runs/dupr/last.pt runs/moco/last.pt           do features tell places: DUPR, Figure 6
+    python transfer/look.py iou --init runs/dupr/last.pt runs/moco/last.pt          do features tell places: DUPR Fig. 6
     python transfer/look.py proposals --data DIR --proposals boxes.npz               SoCo, Figures 2, 3, and its views
     python transfer/look.py masks --data DIR --masks grid5 fh                        DetCon, Figure 3
     python transfer/look.py curves runs/moco runs/dupr --stats loss knn              what log.jsonl holds
 
-Each writes one picture, --out, the same for the same --seed. --init takes as many as there are to compare: a method's last.pt,
-torchvision's weights of a ResNet, or: random.
+Each writes one picture, --out, the same for the same --seed. --init takes as many as there are to compare: a method's
+last.pt, torchvision's weights of a ResNet, or: random.
 """
 import argparse
 import math
@@ -35,14 +35,16 @@ from transfer import convert  # noqa: E402
 from transfer.page import SIDE, boxed, chart, lay, picture, table, titled  # noqa: E402
 
 HEAT = ["#00007f", "#0040ff", "#00d0d0", "#ffe000", "#e00000"]                       # of attention, from 0 to 1
-COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]  # of masks
+# of masks
+COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]
 
 
 # --- Networks and images ---------------------------------------------------------------------------------------------
 
 def networks(args, device):
-    """{name: backbone} of every --init. Fills in --size: that of the largest views in training, 224 where none is known, or
-    twice that."""
+    """{name: backbone} of every --init. Fills in --size: that of the largest views in training, 224 where none is
+    known, or twice that.
+    """
     found, sizes = {}, []
     for init in args.init:
         torch.manual_seed(args.seed)
@@ -82,7 +84,7 @@ def load(args, source, view, images, device, draws=1):
 
 
 def workers(args, device):
-    return common.cores() if device.type == "cuda" and args.data else 0                   # on a CPU the network needs the cores
+    return common.cores() if device.type == "cuda" and args.data else 0  # on a CPU the network needs the cores
 
 
 def square(image, rng, size, middle=False):
@@ -105,8 +107,9 @@ def open_proposals(args, source, device):
 # --- Attention (DetCo, Sec. 6.3.1) -----------------------------------------------------------------------------------
 
 def attention_maps(c, stride, size):
-    """The mean over channels, 0 to 1 in each image, bilinearly made as large as the view: [N, C, h, w] -> [N, size, size]. A
-    cell covers stride x stride pixels, as in RoIAlign; the last may reach beyond the view."""
+    """The mean over channels, 0 to 1 in each image, bilinearly made as large as the view: [N, C, h, w] -> [N, size,
+    size]. A cell covers stride x stride pixels, as in RoIAlign; the last may reach beyond the view.
+    """
     mean = c.float().mean(dim=1, keepdim=True)
     mean = mean - mean.amin(dim=(2, 3), keepdim=True)
     maps = mean / mean.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
@@ -135,7 +138,7 @@ def attention(args, device):
 # --- Nearest neighbors (DetCo, Sec. 6.3.2) --------------------------------------------------------------------------
 
 def nearest(rows, queries, k):
-    """The k rows of [N, C], L2-normalized, most similar to each of those numbered `queries`, itself left out: [Q, k]."""
+    """The k rows of [N, C], L2-normalized, most similar to each of those in `queries`, itself left out: [Q, k]."""
     similarity = rows[queries] @ rows.T
     similarity[torch.arange(len(queries)), queries] = -2
     return similarity.topk(min(k, len(rows) - 1)).indices
@@ -147,7 +150,8 @@ def neighbors(args, device):
     if len(source) < 2:
         common.fail("one image has no neighbors")
     queries = pick(args, source)
-    classes = [os.path.dirname(source.name(i)) if args.data else i % len(common.SHAPE_CLASSES) for i in range(len(source))]
+    classes = [os.path.dirname(source.name(i)) if args.data else i % len(common.SHAPE_CLASSES)
+               for i in range(len(source))]
 
     def block(query, name, near):
         row = [query, *near]
@@ -158,17 +162,21 @@ def neighbors(args, device):
 
     found = []
     for network in nets.values():
-        batches = common.extract_features(network, source, range(len(source)), args.size, device, workers(args, device), args.stage)
+        batches = common.extract_features(network, source, range(len(source)), args.size, device,
+                                          workers(args, device), args.stage)
         rows = torch.cat([rows for _, rows in batches])                                   # [N, C]
         found.append(nearest(rows, torch.from_numpy(queries).to(device), args.k).tolist())
     names = [f"{name}, c{args.stage}" for name in nets]
-    return lay((block(q, name, near[n]) for n, q in enumerate(queries) for name, near in zip(names, found)), down=True, gap=2)
+    return lay((block(q, name, near[n]) for n, q in enumerate(queries) for name, near in zip(names, found)), down=True,
+               gap=2)
 
 
 # --- Correspondence (DUPR, Sec. 4.6.2) -------------------------------------------------------------------------------
 
 def matches(q, k):
-    """For each patch of one view the most similar of the other: features [N, C, h, w] each -> numbers [N, h*w], row by row."""
+    """For each patch of one view the most similar of the other: features [N, C, h, w] each -> numbers [N, h*w], row by
+    row.
+    """
     q, k = (F.normalize(x.float().flatten(2), dim=1) for x in (q, k))
     return torch.einsum("ncp,ncr->npr", q, k).argmax(dim=2)
 
@@ -176,10 +184,10 @@ def matches(q, k):
 def counterparts(points, box_q, box_k, turned):
     """Where spots of one view lie in the other, and which of them both show.
 
-    points [P, 2] in pixels of view q; box_q and box_k [N, 1, 4], what both show, in pixels of each; turned [N]: one alone is
-    mirrored -> [N, P, 2] in pixels of view k, and bool [N, P].
+    points [P, 2] in pixels of view q; box_q and box_k [N, 1, 4], what both show, in pixels of each; turned [N]: one
+    alone is mirrored -> [N, P, 2] in pixels of view k, and bool [N, P].
     """
-    share = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])                 # 0 to 1 across the intersection
+    share = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])  # 0 to 1 across the intersection
     seen = ((share >= 0) & (share <= 1)).all(dim=2)
     mirrored = torch.stack([1 - share[..., 0], share[..., 1]], dim=2)
     share = torch.where(turned[:, None, None], mirrored, share)
@@ -187,7 +195,9 @@ def counterparts(points, box_q, box_k, turned):
 
 
 def linked(left, right, starts, ends, found):
-    """Two views, with lines from `starts` in the one to `ends` in the other, [n, 2] in pixels of each; green where `found`."""
+    """Two views, with lines from `starts` in the one to `ends` in the other, [n, 2] in pixels of each; green where
+    `found`.
+    """
     sheet = lay([left, right])
     pen, offset = ImageDraw.Draw(sheet), torch.tensor([sheet.width - right.width, 0])
     for good, *line in sorted(zip(found.tolist(), starts.tolist(), (ends + offset).tolist())):
@@ -205,7 +215,7 @@ def patches(args, device):
     batch = load(args, source, partial(dupr.two_views, size=args.size, min_area=args.min_area), images, device, draws=8)
     areas = [(batch[box][:, 0, 2:] - batch[box][:, 0, :2]).prod(dim=1) / args.size ** 2 for box in ("box_q", "box_k")]
     shared = (torch.minimum(*areas) * batch["overlap"]).view(8, -1)
-    draw = shared.clamp(max=0.25).argmax(dim=0)                                           # the first that shares a quarter
+    draw = shared.clamp(max=0.25).argmax(dim=0)  # the first that shares a quarter
     batch = {name: x[draw * len(images) + torch.arange(len(images), device=device)] for name, x in batch.items()}
     common.seed_everything(args.seed)
     views = [(common.denormalize(dupr.color_augmentation().to(device)(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
@@ -218,7 +228,7 @@ def patches(args, device):
         truth, seen = counterparts(points, batch["box_q"], batch["box_k"], batch["flip_q"] ^ batch["flip_k"])
         seen &= batch["overlap"][:, None]
         found = ((places - truth).abs().amax(dim=2) <= stride) & seen                     # at most one patch off
-        every = -(-len(grid) // 8)                                                        # as many lines as can be told apart
+        every = -(-len(grid) // 8)  # as many lines as can be told apart
         some = grid % every == every // 2
         drawn = seen & (some[:, None] & some).flatten()
         columns[f"{name}, c{args.stage}: {found.sum() / seen.sum().clamp(min=1):.0%} of shared patches found"] = [
@@ -230,31 +240,35 @@ def patches(args, device):
 # --- IoU and similarity (DUPR, Sec. 4.6.1) ---------------------------------------------------------------------------
 
 def rois_near(box, size, n, rng):
-    """n boxes in a view of `size`, their IoU with `box` spread over 0 to 1 as evenly as its place allows -> boxes [n, 4], IoUs
-    [n], rising."""
+    """n boxes in a view of `size`, their IoU with `box` spread over 0 to 1 as evenly as its place allows -> boxes [n,
+    4], IoUs [n], rising.
+    """
     reach = rng.uniform(0, 1, (4000, 1))
     center, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     center = center + reach * rng.normal(0, 0.7, (4000, 2)) * side
     side = side * np.exp(reach * rng.normal(0, 0.5, (4000, 2)))
     boxes = np.concatenate([center - side / 2, center + side / 2], axis=1).clip(0, size)
-    boxes = np.concatenate([boxes[(boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= size / 28], box[None]])  # 8 pixels of 224
+    # 8 pixels of 224
+    boxes = np.concatenate([boxes[(boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= size / 28], box[None]])
     iou = box_iou(torch.from_numpy(box[None]), torch.from_numpy(boxes))[0].numpy()
     closest = abs(iou - np.linspace(0, 1, n)[:, None]).argmin(axis=1)
     return boxes[closest], iou[closest]
 
 
 def object_and_rois(image, rng, proposals, size, n=20):
-    """The image made square, one of its boxes and n RoIs near it [1 + n, 4] in pixels of the view, and their IoU [n]."""
+    """The image made square; one of its boxes and n RoIs near it [1 + n, 4], in its pixels; and their IoU [n]."""
     boxes = np.asarray(proposals(image, rng), float)
     frame = np.array([0, 0, *image.size], float)
     box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else frame, frame, size).clip(0, size)
     rois, iou = rois_near(box, size, n, rng)
-    return {**square(image, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(), "iou": torch.from_numpy(iou)}
+    return {**square(image, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(),
+            "iou": torch.from_numpy(iou)}
 
 
 def similarity(c, boxes, stride):
     """Eq. 9: features [N, C, h, w], boxes [N, 1 + n, 4], the object first -> [N, n]; S is 14, as the paper's for c4."""
-    pooled = F.normalize(common.roi_align(c, boxes, 14, stride), dim=1).unflatten(0, boxes.shape[:2])  # [N, 1 + n, C, S, S]
+    # [N, 1 + n, C, S, S]
+    pooled = F.normalize(common.roi_align(c, boxes, 14, stride), dim=1).unflatten(0, boxes.shape[:2])
     return (pooled[:, :1] * pooled[:, 1:]).sum(dim=2).mean(dim=(2, 3))
 
 
@@ -273,7 +287,8 @@ def iou(args, device):
     group = (points[:, 0] * 19).round()
     ious, *similarities = torch.stack([points[group == k].mean(dim=0) for k in group.unique()]).T.tolist()
     lines = {name: (ious, values) for name, values in zip(nets, similarities)}
-    examples = [titled(boxed(picture(first["view"][0]), first["boxes"][0, [k + 1, 0]] * (SIDE / args.size), ["#60b0ff", "red"]),
+    examples = [titled(boxed(picture(first["view"][0]), first["boxes"][0, [k + 1, 0]] * (SIDE / args.size),
+                             ["#60b0ff", "red"]),
                        f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}") for k in (6, 11, 16)]
     title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(items)} images"
     return lay([chart(title, lines, "IoU"), *examples])
@@ -282,7 +297,9 @@ def iou(args, device):
 # --- Proposals and views (SoCo, Figures 2, 3) ------------------------------------------------------------------------
 
 def proposed(image, rng, proposals, sizes, num_proposals):
-    """The image made square with ten of its proposals, [10, 4] in its pixels, all 0 where there are fewer; and SoCo's views."""
+    """The image made square with ten of its proposals, [10, 4] in its pixels, all 0 where there are fewer; and SoCo's
+    views.
+    """
     boxes = np.asarray(proposals(image, rng), float)
     some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), sizes[0]).clip(0, sizes[0])
     ten = torch.from_numpy(np.pad(some, ((0, 10 - len(some)), (0, 0))))
@@ -329,7 +346,8 @@ def open_masks(kind, args, source):
 
 def masks(args, device):
     source = open_images(args)
-    made = {kind: open_masks(kind, args, source) for kind in args.masks or ["grid5", "fh"] + ["truth"] * (args.data is None)}
+    made = {kind: open_masks(kind, args, source) for kind in args.masks
+            or ["grid5", "fh"] + ["truth"] * (args.data is None)}
 
     def view(image, rng):
         batch = square(image, rng, SIDE)
@@ -361,7 +379,8 @@ def curves(args, device):
     charts = []
     for stat in args.stats or [stat for stat in ("loss", "accuracy", "knn") if stat in held] or held:
         number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
-        points = {name: [(row["step"], row[stat]) for row in rows if number(row.get(stat))] for name, rows in logs.items()}
+        points = {name: [(row["step"], row[stat]) for row in rows if number(row.get(stat))] for name,
+                  rows in logs.items()}
         if not any(points.values()):
             common.fail(f"--stats {stat}: not in the logs, which have {', '.join(held)}")
         charts.append(chart(stat, {name: tuple(zip(*line)) for name, line in points.items() if line}, "step"))
@@ -393,20 +412,26 @@ def arguments():
             add("--part", choices=convert.PARTS, default="online", help="which network (default: online)")
             add("--arch", help="of random (default: resnet50)")
             add("--stage", type=int, choices=[2, 3, 4, 5], default=looks, help="c2 to c5 (default: %(default)s)")
-            add("--size", type=common.bounded(int, 32), help=f"of a view (default: {settings['times']} x that in training)")
+            add("--size", type=common.bounded(int, 32),
+                help=f"of a view (default: {settings['times']} x that in training)")
         return add
 
     command(attention, "where a stage is active: the mean of its channels", looks=5, times=2, shapes=64)
     add = command(neighbors, "the images with the most similar features; green: same folder", looks=5, times=1,
                   shapes=1200, aliases=["neighbours"])
     add("-k", type=count, default=9, help="neighbors of each (default: 9)")
-    add = command(patches, "for a patch of a view the most similar of another; green: same place", looks=4, times=2, shapes=64)
-    add("--min-area", type=common.bounded(float, 1e-3, 1), default=0.2, help="least share of the image in a view (default: 0.2)")
-    add = command(iou, "how similar an object and RoIs near it are, by their IoU", images=1000, looks=4, times=1, shapes=1000,
+    add = command(patches, "for a patch of a view the most similar of another; green: same place", looks=4, times=2,
+                  shapes=64)
+    add("--min-area", type=common.bounded(float, 1e-3, 1), default=0.2,
+        help="least share of the image in a view (default: 0.2)")
+    add = command(iou, "how similar an object and RoIs near it are, by their IoU", images=1000, looks=4, times=1,
+                  shapes=1000,
                   otherwise="random")
     add("--proposals", metavar="FILE.npz|search|random", help="the objects (default: random; shapes: their own boxes)")
-    add = command(proposals, "proposals, and SoCo's views with the same boxes and their levels", shapes=64, otherwise="search")
-    add("--proposals", metavar="FILE.npz|search|random", help="as soco.py's; of a file also number and sizes (default: search)")
+    add = command(proposals, "proposals, and SoCo's views with the same boxes and their levels", shapes=64,
+                  otherwise="search")
+    add("--proposals", metavar="FILE.npz|search|random",
+        help="as soco.py's; of a file also number and sizes (default: search)")
     add("--views", type=int, choices=[2, 3, 4], default=3, help="(default: 3)")
     add("--num-proposals", type=count, default=4, help="boxes of a view (default: 4)")
     add("--size", type=common.bounded(int, 32), default=SIDE, help="side of V1 in pixels (default: %(default)s)")

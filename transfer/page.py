@@ -4,8 +4,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-SIDE = 256                                                                           # of a picture on the page, in pixels
-CHART, FRAME = (520, 350), (64, 58, 504, 304)                                        # of a chart; of its axes, xyxy in it
+SIDE = 256  # of a picture on the page, in pixels
+CHART, FRAME = (520, 350), (64, 58, 504, 304)  # of a chart; of its axes, xyxy in it
 INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # of lines, for the color-blind too
 
 
@@ -63,7 +63,7 @@ def ticks(values):
 def chart(title, lines, below):
     """lines: {name: (x, y)}, over axes that end in ticks; below: what x is."""
     left, top, right, bottom = FRAME
-    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")                       # twice as large, for smooth lines
+    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")  # twice as large, for smooth lines
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
     text = lambda x, y, words, anchor: pen.text((2 * x, 2 * y), words, "black", font, anchor)
     line = lambda points, ink, width: pen.line([(2 * x, 2 * y) for x, y in points], ink, width, "curve")
@@ -93,8 +93,9 @@ def chart(title, lines, below):
 
 
 def bars(title, values, order):
-    """values: {name: (mean, spread)} as bars from 0, with a whisker each way. order: names; a name's place there tells the
-    color of its bar."""
+    """values: {name: (mean, spread)} as bars from 0, with a whisker each way. order: names; a name's place there tells
+    the color of its bar.
+    """
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)

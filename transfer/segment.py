@@ -3,11 +3,12 @@
     python transfer/segment.py --init runs/moco/last.pt --data VOCdevkit/VOC2012             21 classes, 30k iterations
     python transfer/segment.py --init runs/moco/last.pt --data cityscapes                    19 classes, 90k iterations
     python transfer/segment.py --init random --data DIR --classes 20 --epochs 50             your own
-    torchrun --nproc_per_node=8 transfer/segment.py ...                                      as the paper: 16 images a step
+    torchrun --nproc_per_node=8 transfer/segment.py ...                               as the paper: 16 images a step
 
-Your own: DIR/train/images and DIR/val/images, beside them train/labels and val/labels with a PNG of the same name for each image,
-its pixels the classes from 0, or 255 where nothing is to be learned. Writes last.pt, log.jsonl with mIoU, views.png (the first
-batch) and predictions.png (image, truth and prediction) to --out; the same command again goes on where it stopped.
+Your own: DIR/train/images and DIR/val/images, beside them train/labels and val/labels with a PNG of the same name for
+each image, its pixels the classes from 0, or 255 where nothing is to be learned. Writes last.pt, log.jsonl with mIoU,
+views.png (the first batch) and predictions.png (image, truth and prediction) to --out; the same command again goes on
+where it stopped.
 """
 import contextlib
 import math
@@ -28,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 from transfer import convert  # noqa: E402
 
-DEFAULTS = dict(batch_size=16, lr=0.003, size=513, weight_decay=1e-4, drops=[0.7, 0.9], iterations=30_000, print_every=50)
+DEFAULTS = dict(batch_size=16, lr=0.003, size=513, weight_decay=1e-4, drops=[0.7, 0.9], iterations=30_000,
+                print_every=50)
 CITYSCAPES = dict(lr=0.01, size=769, iterations=90_000)
 IGNORE = 255
 # Cityscapes' 34 labels -> the 19 that count; its files *_labelTrainIds.png have these already.
@@ -74,7 +76,8 @@ class LabelMapFolder(common.ImageFolder):
             self.maps = Path(root, split, "labels")
         self.ids = False
         self.ids = self.layout == "cityscapes" and not self.path(0).exists()   # _labelIds, not _labelTrainIds
-        there = {os.path.join(folder, name) for folder, _, files in os.walk(self.maps, followlinks=True) for name in files}
+        there = {os.path.join(folder, name) for folder, _, files in os.walk(self.maps, followlinks=True)
+                 for name in files}
         missing = [str(self.path(i)) for i in range(len(self)) if str(self.path(i)) not in there]
         if missing:
             common.fail(f"{len(missing)} of {len(self)} images have no label map: {missing[0]} is missing")
@@ -95,14 +98,14 @@ class LabelMapFolder(common.ImageFolder):
         except common.Unreadable as error:
             raise BadLabel(f"{path} cannot be decoded ({error})") from error
         if label.shape != image.size[::-1]:
-            raise BadLabel(f"{path} is {' x '.join(map(str, label.shape))}, rows by columns, and must be one gray or palette "
-                           f"channel of {image.size[1]} x {image.size[0]} like its image")
+            raise BadLabel(f"{path} is {' x '.join(map(str, label.shape))}, rows by columns, and must be one gray or "
+                           f"palette channel of {image.size[1]} x {image.size[0]} like its image")
         if self.ids:
             label = TRAIN_IDS[label]
         wrong = label[(label >= self.classes) & (label != IGNORE)]
         if wrong.size:
-            raise BadLabel(f"{path} holds the label {wrong.min()}: with {self.classes} classes take 0 to {self.classes - 1}, and "
-                           f"{IGNORE} for what is to be ignored")
+            raise BadLabel(f"{path} holds the label {wrong.min()}: with {self.classes} classes "
+                           f"take 0 to {self.classes - 1}, and {IGNORE} for what is to be ignored")
         return label.astype(np.uint8)
 
     def fingerprint(self):
@@ -129,7 +132,8 @@ def random_crop(image, rng, size, source):
 
 def entire(image, rng, source):
     """A test's: image uint8 [3, H, W] and label uint8 [H, W] as they are."""
-    return {"image": common.to_tensor(image.decode()), "label": torch.from_numpy(source.label(image)), "at": image.index}
+    return {"image": common.to_tensor(image.decode()), "label": torch.from_numpy(source.label(image)),
+            "at": image.index}
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -145,19 +149,21 @@ def dilate(backbone):
 
 
 class FCN(nn.Module):
-    """FCN-16s as in MoCo A.5: dilated backbone, two 3x3 convolutions of 256 channels and dilation 6, a 1x1 convolution."""
+    """FCN-16s (MoCo A.5): dilated backbone, two 3x3 convolutions of 256 channels and dilation 6, a 1x1 convolution."""
 
     def __init__(self, backbone, classes):
         super().__init__()
         dilate(backbone)
         self.backbone, self.normalize = backbone, common.Photometric()
-        layer = partial(Conv2dNormActivation, out_channels=256, kernel_size=3, dilation=6, norm_layer=common.SyncBatchNorm)
+        layer = partial(Conv2dNormActivation, out_channels=256, kernel_size=3, dilation=6,
+                        norm_layer=common.SyncBatchNorm)
         self.head = nn.Sequential(layer(backbone.channels[-1]), layer(256), nn.Conv2d(256, classes, 1))
 
     def forward(self, image):
         """[N, 3, H, W] uint8 -> scores of every pixel [N, classes, H, W], float32."""
         height, width = image.shape[2:]
-        # Feature (i, j) is centered on pixel (16 i, 16 j). In an image of 16 n + 1 pixels, as 513 and 769 are, n + 1 features reach
+        # Feature (i, j) is centered on pixel (16 i, 16 j). In an image of 16 n + 1 pixels, as 513 and 769 are, n + 1
+        # features reach
         # from the first pixel to the last, and corners aligned means that every score stands where it belongs.
         x = F.pad(self.normalize(image), (0, (1 - width) % 16, 0, (1 - height) % 16))
         scores = self.head(self.backbone(x)[-1])                                  # [N, classes, 1 + H/16, 1 + W/16]
@@ -166,8 +172,9 @@ class FCN(nn.Module):
 
 
 def pixel_loss(scores, label):
-    """Cross-entropy, the mean over all pixels of all processes that are not ignored (as DistributedDataParallel averages).
-    scores [N, classes, H, W], label [N, H, W] uint8."""
+    """Cross-entropy, the mean over all pixels of all processes that are not ignored (as DistributedDataParallel
+    averages). scores [N, classes, H, W], label [N, H, W] uint8.
+    """
     count = (label != IGNORE).sum()
     if common.world_size() > 1:
         dist.all_reduce(count)
@@ -178,7 +185,7 @@ def pixel_loss(scores, label):
 # --- Intersection over union -----------------------------------------------------------------------------------------
 
 def confusion(prediction, label, classes):
-    """How many pixels of class i (row) were taken for class j (column): [classes, classes]; ignored ones count nowhere."""
+    """How many pixels of class i (row) were taken for class j (column): [classes, classes], less the ignored ones."""
     place = torch.where(label == IGNORE, classes ** 2, label.long() * classes + prediction).flatten()
     counts = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=place.device)
     return counts.scatter_add_(0, place, torch.ones_like(place))[:-1].view(classes, classes)
@@ -192,7 +199,7 @@ def iou(counts):
 
 @torch.no_grad()
 def evaluate(model, source, args, device):
-    """{"mIoU", "pixel_accuracy"} in [0, 1], of whole images at their own size; the former over the classes that occur."""
+    """{"mIoU", "pixel_accuracy"} in [0, 1], of whole images at their own size; mIoU over the classes that occur."""
     model.eval()
     torch.backends.cudnn.benchmark = False  # images have many sizes
     counts, shown = torch.zeros(args.classes, args.classes, dtype=torch.long, device=device), []
@@ -215,7 +222,7 @@ def evaluate(model, source, args, device):
 
 
 def paint(label):
-    """Label maps [N, H, W] as pictures [N, 3, H, W] in [0, 1]: a color a class, black for 0, white for what is ignored."""
+    """Label maps [N, H, W] as pictures [N, 3, H, W] in [0, 1]: a color a class, black for 0, white if ignored."""
     turns = label[:, None].float() * 0.618 + torch.tensor([0, 1 / 3, 2 / 3], device=label.device).view(3, 1, 1)
     colors = (0.55 + 0.45 * torch.cos(2 * math.pi * turns)) * (label != 0)[:, None]
     return torch.where((label == IGNORE)[:, None], 1.0, colors)
@@ -228,12 +235,16 @@ def arguments():
     convert.add_init(parser)
     add = parser.own.add_argument
     count = common.bounded(int, 1)
-    add("--data", metavar="DIR", required=True, help="VOC2012, cityscapes, or train/ and val/ with images/ and labels/ in each")
-    add("--classes", type=common.bounded(int, 2, 255), help="how many the label maps tell apart (default: 21 of VOC, 19 of Cityscapes)")
-    add("--size", type=common.bounded(int, 33), help="side of a crop in training, best 16 n + 1 pixels; 769 on Cityscapes")
+    add("--data", metavar="DIR", required=True,
+        help="VOC2012, cityscapes, or train/ and val/ with images/ and labels/ in each")
+    add("--classes", type=common.bounded(int, 2, 255),
+        help="how many the label maps tell apart (default: 21 of VOC, 19 of Cityscapes)")
+    add("--size", type=common.bounded(int, 33),
+        help="side of a crop in training, best 16 n + 1 pixels; 769 on Cityscapes")
     add("--iterations", type=count, help="steps of the whole run, if no --epochs are given; 90000 on Cityscapes")
     add("--weight-decay", type=common.bounded(float, 0), help="of all parameters")
-    add("--drops", type=common.bounded(float, 0, 1), nargs="+", help="when the learning rate falls to a tenth, in shares of the run")
+    add("--drops", type=common.bounded(float, 0, 1), nargs="+",
+        help="when the learning rate falls to a tenth, in shares of the run")
     add("--eval-every", type=count, help="epochs between mIoUs (default: at the end alone)")
     args = parser.parse(lambda args: CITYSCAPES if layout(args.data)[0] == "cityscapes" else {})
     args.classes = args.classes or layout(args.data)[1]
@@ -253,7 +264,8 @@ def train():
     args.iterations = args.epochs * steps if args.epochs else args.iterations
     args.epochs = math.ceil(args.iterations / steps)
     common.seed_everything(args.seed)
-    model = FCN(convert.backbone(args, common.SyncBatchNorm), args.classes).to(device, memory_format=torch.channels_last).train()
+    model = FCN(convert.backbone(args, common.SyncBatchNorm),
+                args.classes).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = common.Run(args, source, "segment", model, optimizer)
     run.total, run.last = args.iterations, min(args.iterations, args.max_steps or args.iterations)
@@ -264,7 +276,8 @@ def train():
         if run.step == 0:
             common.save_views(Path(args.out, "views.png"), batch["image"][:8] / 255, paint(batch["label"][:8]))
         common.seed_everything(args.seed, run.step, common.rank())
-        lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total, drops=args.drops)
+        lr = common.learning_rate(args.lr * args.batch_size / DEFAULTS["batch_size"], run.step, run.total,
+                                  drops=args.drops)
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             scores = ddp(batch["image"])

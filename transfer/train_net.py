@@ -3,9 +3,10 @@
     python transfer/train_net.py --config-file transfer/configs/soco-fpn-1x.yaml --num-gpus 8 MODEL.WEIGHTS soco.pkl
 
 The weights come from transfer/convert.py; README.md beside this file says which configuration is which table. What
-Detectron2's own keys can say is in the configurations. Here is what they cannot: BN after stage 5 in a C4 detector, FCOS
-from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), an evaluator for each data
-set. Writes to OUTPUT_DIR; the same command with --resume goes on, with --eval-only it evaluates MODEL.WEIGHTS.
+Detectron2's own keys can say is in the configurations. Here is what they cannot: BN after stage 5 in a C4 detector,
+FCOS from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), an evaluator for
+each data set. Writes to OUTPUT_DIR; the same command with --resume goes on, with --eval-only it evaluates
+MODEL.WEIGHTS.
 """
 import hashlib
 import re
@@ -184,7 +185,7 @@ class Trainer(DefaultTrainer):
 
 
 def trainer_for(config_file, cfg):
-    """The class that trains a configuration; gives cfg the keys that the configuration needs beyond Detectron2's own."""
+    """The class that trains a configuration; adds to cfg the keys that it needs beyond Detectron2's own."""
     cfg.INPUT.SCALE_JITTER = []  # ours: the range of the longer side, in units of INPUT.MAX_SIZE_TRAIN
     if not Path(config_file).name.startswith("densepose"):
         return Trainer
@@ -227,7 +228,8 @@ def main(args):
 if __name__ == "__main__":
     arguments = default_argument_parser().parse_args()
     if not Path(arguments.config_file).is_file():
-        common.fail(f"--config-file {arguments.config_file or '(none given)'} is not a file; take one of transfer/configs")
+        common.fail(f"--config-file {arguments.config_file or '(none given)'} is not a file; "
+                    "take one of transfer/configs")
     trainer_for(arguments.config_file, get_cfg())  # what is missing is said here, once, not by every process
     launch(main, arguments.num_gpus, num_machines=arguments.num_machines, machine_rank=arguments.machine_rank,
            dist_url=arguments.dist_url, args=(arguments,))
