@@ -128,7 +128,12 @@ stop = Stop()
 
 
 def ignore_signals(worker=None):
-    """In a child: leave to the parent what a terminal or a cluster sends to all; in a loader's worker SIGTERM too."""
+    """In a child: leave to the parent what a terminal or a cluster sends to all; in a loader's worker SIGTERM too.
+
+    A loader's worker ends with its parent, even when that is killed: the next run may write the same files.
+    """
+    if worker is not None:
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if worker is None else signal.SIG_IGN)
@@ -1570,8 +1575,12 @@ class Run:
     def write(self, values):
         if rank() == 0:
             row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
-            with open(Path(self.out, "log.jsonl"), "a") as file:
-                file.write(json.dumps(row) + "\n")
+            path = Path(self.out, "log.jsonl")
+            try:
+                with open(path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:  # of a write and of closing it says no path
+                raise OSError(error.errno, error.strerror, str(path)) from error
             print_line(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()),
                        sep="  ")
             for name, value in values.items() if self.board else ():

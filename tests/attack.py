@@ -257,7 +257,8 @@ def files(trials):
 
 
 WRONG = ["", "-1", "0", "nan", "inf", "1e400", "x", "99999999999999", "/nowhere", "resnet18w99999", "\u00e9", "1 2",
-         ".", "garbage", "garbage/x", "empty", "pictures", "scenes/annotations.json", "reference-moco/last.pt", "--", "random"]
+         ".", "garbage", "garbage/x", "empty", "pictures", "scenes/annotations.json", "reference-moco/last.pt", "--",
+         "random"]
 
 
 def right_commands():
@@ -268,6 +269,7 @@ def right_commands():
         end(fork("maps.log", script, "transfer/coco_masks.py", ["--labels", *maps]))
     Path("garbage").write_bytes(random.Random(0).randbytes(5000))
     Path("empty").mkdir()
+    scenes = ["scenes/images", "scenes/annotations.json"]
     last, few = "reference-moco/last.pt", ["--workers", "0", "--max-steps", "1"]
     if alone("moco.py", [*RUNS["moco.py"], *few, "--out", "reference-moco"], "reference-moco")[0] != 0:
         sys.exit(Path("reference-moco.log").read_text())
@@ -276,12 +278,10 @@ def right_commands():
     return [*((name, [*argv, *few]) for name, argv in RUNS.items()),
             *(("transfer/classify.py", ["--protocol", protocol, "--data", "pictures", *tiny])
               for protocol in ("linear", "knn", "svm")),
-            ("transfer/classify.py", ["--protocol", "objects", *(f"scenes/{name}" if name else flag for flag, name in (
-                ("--train", ""), ("", "images"), ("", "annotations.json"), ("--val", ""), ("", "images"), ("", "annotations.json"))),
-                *tiny]),
+            ("transfer/classify.py", ["--protocol", "objects", "--train", *scenes, "--val", *scenes, *tiny]),
             ("transfer/segment.py", ["--data", "maps", "--classes", "13", *tiny, "--batch-size", "4"]),
             ("transfer/convert.py", [last, "converted.pkl"]),
-            ("transfer/coco_masks.py", ["scenes/annotations.json", "scenes/images", "masks"]),
+            ("transfer/coco_masks.py", [*scenes[::-1], "masks"]),
             ("transfer/look.py", ["attention", *look]), ("transfer/look.py", ["iou", *look]),
             ("transfer/look.py", ["proposals", *look[3:], "--proposals", "random"])]
 

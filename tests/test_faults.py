@@ -1,11 +1,13 @@
 """What a cluster, a disk and a folder do to a run. `attack.py` does it at random, and many times."""
 import errno
 import os
+import select
 import signal
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,23 @@ def test_a_folder_has_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path
     common.lock(tmp_path)
 
 
+def test_a_workers_end_is_that_of_its_run_even_when_that_is_killed():
+    ours, theirs = os.pipe()
+    run = os.fork()
+    if run == 0:
+        worker = os.fork() == 0
+        signal.alarm(60)
+        if worker:
+            common.ignore_signals(0)
+            os.write(theirs, b"at work")
+        signal.pause()
+    os.close(theirs)
+    assert os.read(ours, 7) == b"at work"
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    assert select.select([ours], [], [], 20)[0] and os.read(ours, 1) == b""  # nobody holds the pipe's other end
+
+
 # --- Disks -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
@@ -120,6 +139,14 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, write):
             write(file)
     assert full.value.errno == errno.ENOSPC and full.value.filename == str(path)
     assert os.listdir(tmp_path) == ["last.pt"] and path.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
+def test_a_disk_that_is_full_when_the_log_is_written_is_named(tmp_path):
+    Path(tmp_path, "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError) as full:
+        common.Run.write(SimpleNamespace(out=tmp_path, step=1, steps_per_epoch=1), {"loss": 1.0})
+    assert full.value.errno == errno.ENOSPC and full.value.filename == str(tmp_path / "log.jsonl")
 
 
 @pytest.mark.parametrize("error, code, says", [
