@@ -1,10 +1,21 @@
-"""What all five methods need and none of the papers is about.
+"""What the five methods share and none of the papers is about. Each section can be read on its own:
 
-In this order: how a program ends, distributed set-up and gathering, backbone stages, RoIAlign, queue and InfoNCE and
-momentum, LARS and schedules, photometric augmentation, images and sampler, weights to start from, checkpoints, log, kNN
-monitor, object probe, command line.
+    How a program ends          usage errors, signals, crashes: one line each, never a traceback
+    Processes                   torchrun's processes, gathering, DistributedDataParallel, Shuffling BN
+    Networks                    BatchNorm, ResNet stages, RoIAlign, the MLP of projectors
+    Contrast                    the queue, InfoNCE, the momentum update
+    Optimization                LARS and learning rates
+    Color augmentation          torchvision's color transforms on a whole batch, on the device
+    Images                      an image, crops of it, a folder of images
+    Shapes                      drawn images with boxes, masks and classes: the data of every demo
+    Batches                     from images to batches on the device
+    Weights to start from       --init: checkpoints of ours and of others
+    Runs                        checkpoints, log.jsonl, views.png
+    Long work before training   files made by all processes together
+    Evaluation                  the kNN monitor and the object probe
+    Command line                the flags that all methods share
 
-Two conventions hold everywhere. Boxes and crops are xyxy in pixels, of the image that the docstring names. A view is
+Two conventions hold everywhere. Boxes and crops are xyxy, in pixels of the image that the docstring names. A view is
 uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole batch into normalized floats.
 """
 import argparse
@@ -27,7 +38,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,80 +58,69 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as all five papers use
-Image.MAX_IMAGE_PIXELS = None                             # the images are the user's own, however large
+Image.MAX_IMAGE_PIXELS = None                             # --max-pixels is the limit
 
 
 # --- How a program ends ----------------------------------------------------------------------------------------------
 
 def fail(message, everywhere=False):
-    """End the program as a usage error: one line on stderr, from process 0 unless `everywhere`, and exit code 2."""
+    """End the program as a usage error: exit code 2, one line on stderr, from process 0 alone unless `everywhere`."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        print_error(message)
     else:
-        time.sleep(3)  # torchrun stops the others as soon as one ends: let process 0 speak first
+        time.sleep(3)  # torchrun stops all processes as soon as one ends: let process 0 speak first
     sys.exit(2)
 
 
-def print_line(*words, sep=" "):
-    """print for as long as somebody listens: a run does not end with the `tee` that it is piped to."""
+def print_error(message):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+
+
+def print_line(line):
+    """print, until nobody listens: a run does not end with the `tee` that it is piped to."""
     try:
-        print(*words, sep=sep, flush=True)
+        print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Stop:
-    """What SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP ask for: to end where nothing is lost; exit code 128 + signal.
+    """Ends the program on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP with nothing lost; exit code 128 + signal.
 
-    While it is `.holding`, in the loop of a run, a signal is only noted in `.signal`, and `Run.until_stopped` ends the
-    run after the step. Elsewhere the program ends where it stands: what it has finished is on disk. A second signal
-    ends it at once, but for 3 seconds it is taken for an echo: torchrun sends on what its processes have got already.
+    In the loop of a run (`.holding`) a signal is only noted in `.signal`, and `Run.until_stopped` ends the run after
+    the step. Elsewhere the program ends at once: what it has finished is on disk. A second signal ends it at once too,
+    unless it comes within 3 seconds: torchrun passes on to its processes what they may have received already.
     """
 
     def __init__(self):
-        self.signal, self.since, self.holding, self.pending = 0, 0.0, False, None
+        self.signal, self.since, self.holding = 0, 0.0, False
 
     def listen(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
-                signal.signal(number, self.receive)
+        for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(which) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(which, self.receive)
         os.register_at_fork(after_in_child=ignore_signals)
-        atexit.register(end_children)
+        atexit.register(kill_workers)
         sys.excepthook, threading.excepthook = report_crash, report_thread_crash
 
-    def receive(self, number, frame):
-        again = self.signal
-        if again and time.monotonic() < self.since + 3:
+    def receive(self, which, frame):
+        second = self.signal
+        if second and time.monotonic() < self.since + 3:
             return
-        self.signal, self.since = number, time.monotonic()
-        if again:
-            end_children()
-            os._exit(128 + number)
+        self.signal, self.since = which, time.monotonic()
+        if second:
+            kill_workers()
+            os._exit(128 + which)
         if not self.holding:
             if int(os.environ.get("RANK", 0)) == 0:
-                os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(number).name.encode())
-            sys.exit(128 + number)
+                os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(which).name.encode())
+            sys.exit(128 + which)
 
     def agreed(self):
-        """The signal that any process had got when all last asked, the same in all of them, or 0.
-
-        To be asked by all, once a step: the answer travels between the hosts during the next one, and no device is
-        waited for.
-        """
-        if world_size() == 1:
-            return self.signal
-        answer = self.settle()
-        if not answer:
-            flag = torch.tensor(self.signal)
-            self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag
-        return answer
-
-    def settle(self):
-        """Wait for the answer under way."""
-        if self.pending is None:
-            return 0
-        (work, flag), self.pending = self.pending, None
-        work.wait()
+        """The signal that any process has received, the same in all of them, or 0. All call it after the same step."""
+        flag = torch.tensor(self.signal)  # on the CPU: the hosts meet, and no device is waited for
+        if world_size() > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
 
@@ -128,32 +128,27 @@ stop = Stop()
 
 
 def ignore_signals(worker=None):
-    """In a child: leave to the parent what a terminal or a cluster sends to all; in a loader's worker SIGTERM too.
-
-    A loader's worker ends with its parent, even when that is killed: the next run may write the same files.
-    """
-    if worker is not None:
-        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    """In a child process: leave to the parent the signals that go to all processes; a loader worker, SIGTERM too."""
+    for which in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(which, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if worker is None else signal.SIG_IGN)
 
 
-def end_children():
-    """End the workers, which are deaf to what multiprocessing sends them at the end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch takes their end for a fault
+def kill_workers():
+    """End the loader workers, which ignore the SIGTERM of multiprocessing."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch takes their end for a crash
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def report_crash(kind, error, trace):
-    """sys.excepthook: one line, no traceback, when the machine is at fault, or the settings ask too much of it."""
+    """sys.excepthook: one line if the machine is at fault or the settings ask too much of it; else the traceback."""
     text, chain = str(error).strip() or kind.__name__, [error]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
     fault = next((x for x in chain if isinstance(x, OSError)), None)
     line = text.splitlines()[-1][:200]
-    if stop.signal:  # with others of the run gone, anything may go wrong
+    if stop.signal:  # with other processes of the run gone, anything may go wrong
         line = f"ended by {signal.Signals(stop.signal).name}: the same command goes on from the last checkpoint"
     elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|llocate|Storage size", text):
         flags = "--batch-size, --size or --workers" if stop.holding else "--queue, --dim, --arch or --size"
@@ -165,17 +160,17 @@ def report_crash(kind, error, trace):
     elif not (dist.is_initialized() and re.search("[Cc]onnection|remote process|Gloo|NCCL", text)):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    print_error(line)
     sys.exit(128 + stop.signal if stop.signal else 1)
 
 
 def report_thread_crash(args):
-    """threading.excepthook: TensorBoard's thread hands its OSError to the main one, which explains it."""
+    """threading.excepthook: TensorBoard's thread hands its OSError to the main thread, which reports it."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
 
-# --- Distributed set-up and gathering --------------------------------------------------------------------------------
+# --- Processes -------------------------------------------------------------------------------------------------------
 
 def init_distributed():
     """Join the processes that torchrun started and return this one's device; alone, only choose the device."""
@@ -183,42 +178,43 @@ def init_distributed():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True       # the batches of training have one shape
-        torch.set_float32_matmul_precision("high")  # TF32, but where `exact_products` forbids it
+        torch.backends.cudnn.benchmark = True       # all batches of training have one shape
+        torch.set_float32_matmul_precision("high")  # TF32, except within `exact_products`
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=timedelta(hours=1),  # while process 0 alone evaluates what all have found
+                                timeout=timedelta(hours=1),  # others wait while process 0 evaluates what all have found
                                 **rendezvous())
-    stop.listen()  # now: a process that waits for the others runs no handler of Python's, and SIGTERM has to end it
+    stop.listen()  # not before: a process that waits for others runs no Python, and SIGTERM has to end it
     return device
 
 
 def rendezvous():
-    """Where the processes of this attempt find each other, as arguments of init_process_group.
+    """Arguments of init_process_group that say where the processes of this attempt find each other.
 
-    torchrun keeps one store for all its attempts, so that after a restart it still holds the addresses of the dead.
-    Process 0 therefore opens one that ends with itself and tells the others its port; a dead port is looked up again.
+    torchrun keeps one store for all its attempts, which after a restart still holds the addresses of dead processes.
+    Process 0 therefore opens a store that ends with itself, and tells the others its port through torchrun's. A port
+    where nobody answers is a dead one's: it is looked up again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    store, number, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(dist.rendezvous("env://"))
     host = os.environ["MASTER_ADDR"]
-    if number == 0:
-        mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        store.set("port", str(mine.port))
-        return dict(store=mine, rank=number, world_size=size)
+    if rank == 0:
+        own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(own.port))
+        return dict(store=own, rank=rank, world_size=size)
     while True:
         try:
-            theirs = dist.TCPStore(host, int(store.get("port")), timeout=timedelta(seconds=5))
-            theirs.set_timeout(timedelta(minutes=5))
-            return dict(store=theirs, rank=number, world_size=size)
+            shared = dist.TCPStore(host, int(store.get("port")), timeout=timedelta(seconds=5))
+            shared.set_timeout(timedelta(minutes=5))
+            return dict(store=shared, rank=rank, world_size=size)
         except dist.DistError:
             time.sleep(0.2)
 
 
 @contextmanager
 def exact_products():
-    """Products of float32 tensors in float32 within: TF32's 10 bits are enough to train by, not to rank or to solve."""
+    """Within, float32 products are float32: the 10 bits of TF32 are enough to train, but not to rank or to solve."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -241,6 +237,12 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def barrier():
+    """Wait until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -256,24 +258,18 @@ class AllGather(torch.autograd.Function):
 
 
 def all_gather(x):
-    """[N, ...] -> [world*N, ...]: every process's rows in rank order; N must be the same in all of them.
+    """[N, ...] -> [world*N, ...]: the rows of all processes in rank order; N must be the same in all of them.
 
-    Each row's gradient, summed over the processes that used it, goes back to the process it came from.
-    The identity where one process runs alone.
+    Each row's gradient, summed over the processes that used the row, goes back to the process that it came from. In a
+    single process this is the identity.
     """
     return AllGather.apply(x) if world_size() > 1 else x
 
 
-def barrier():
-    """Wait until every process has come here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def wrap_ddp(model, device, compiled=False):
-    """The model as the loop calls it: compiled where asked for, and with gradients averaged over processes.
+    """The model as the loop calls it: compiled if asked for, its gradients averaged over the processes.
 
-    On a GPU colors are compiled in any case, if the machine can: 30 passes over the batch instead of 120.
+    On a GPU the color augmentation is compiled in any case, if the machine can: 30 passes over the batch, not 120.
     """
     if compiled:
         model.compile()
@@ -283,7 +279,7 @@ def wrap_ddp(model, device, compiled=False):
                 module.apply_draw = torch.compile(module.apply_draw)
     if world_size() == 1:
         return model
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name for it is not in torch 2.11
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.11 does not know the new name
         return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -291,9 +287,9 @@ def wrap_ddp(model, device, compiled=False):
 class Shuffle:
     """Shuffling BN (MoCo Sec. 3.3): spread a batch over processes and BN groups in a new random order, and undo it.
 
-    A query and its key then see the BN statistics of two different sets of images, so that those statistics cannot
-    give away which key is whose. Shuffle images as uint8: they travel between processes. One Shuffle serves every
-    input of a step that has n rows a process; the gradient passes through.
+    A query and its key are then normalized among different images, so that BN statistics cannot give away which key
+    belongs to which query. One Shuffle serves all inputs of a step that have n rows a process. Images travel between
+    processes: shuffle them as uint8. Gradients pass through.
     """
 
     def __init__(self, n, device):
@@ -307,12 +303,12 @@ class Shuffle:
         return all_gather(x)[self.back]
 
 
-# --- Backbone stages and RoIAlign ------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training batch falls into equal groups with statistics of their own.
+    """BatchNorm that splits the training batch into equal groups, each normalized by its own statistics.
 
-    One process with 8 groups trains as 8 processes with a BN each; the running statistics see one group after another.
+    One process with 8 groups trains as 8 processes with a BN each. The running statistics see one group after another.
     """
 
     def __init__(self, channels, groups=8):
@@ -326,9 +322,9 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
 
 class Normalize(torch.autograd.Function):
-    """BatchNorm by moments that all processes share: the gradient knows that they depend on every row.
+    """Batch normalization by moments of the rows of all processes, with the gradient that flows through the moments.
 
-    x [N, C] or [N, C, H, W]; the others [C]; count: the values of a channel in all processes.
+    x: [N, C] or [N, C, H, W]; weight, bias, mean, var: [C]; count: [C], the values of a channel in all processes.
     """
 
     @staticmethod
@@ -351,10 +347,9 @@ class Normalize(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, which may differ in size: [N, C] or [N, C, H, W].
+    """nn.SyncBatchNorm for the CPU too: BN over the batches of all processes, which may differ in size.
 
-    As nn.SyncBatchNorm, but on the CPU too, and the host never waits for the device: torch's own looks for empty
-    batches.
+    x: [N, C] or [N, C, H, W]. The host never waits for the device, as torch's own does to look for empty batches.
     """
 
     def _check_input_dim(self, x):
@@ -364,7 +359,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if world_size() == 1 or not self.training:
             return super().forward(x)
         with torch.no_grad():
-            unused = torch.zeros_like(torch.stack([self.running_mean, self.running_var]))  # their type is the moments'
+            unused = torch.zeros_like(torch.stack([self.running_mean, self.running_var]))  # gives the moments' dtype
             own = torch.stack(torch.batch_norm_update_stats(x, *unused, 0.0))              # mean and variance
             count = torch.full_like(own[:1], x.numel() // x.shape[1])
             counts, means, variances = all_gather(torch.cat([count, own])[None]).unbind(dim=1)  # [world, C] each
@@ -379,7 +374,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class Backbone(ResNet):
-    """torchvision's ResNet without `fc`, every channel count times `width`: gives its four stages, or the first few."""
+    """torchvision's ResNet without `fc`, every channel count times `width`; gives the outputs of its first `stages`."""
 
     def __init__(self, block, layers, width, **kwargs):
         self.width = width
@@ -387,7 +382,7 @@ class Backbone(ResNet):
         del self.fc, self.avgpool
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        if planes == 64 and self.width != 1:  # the first stage: make torchvision's 64-channel stem anew
+        if planes == 64 and self.width != 1:  # the first stage: replace torchvision's stem of 64 channels
             self.inplanes = round(64 * self.width)
             self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
             self.bn1 = self._norm_layer(self.inplanes)
@@ -403,7 +398,7 @@ class Backbone(ResNet):
         return outputs
 
     def train_first(self, stages):
-        """Leave the stages behind the first `stages` untrained, as nothing will be asked of them."""
+        """Freeze the stages after the first `stages`, whose outputs nothing will use."""
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[stages:]:
             stage.requires_grad_(False)
 
@@ -413,13 +408,12 @@ LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (B
 
 
 def resnet(arch, norm_layer=None, zero_init_residual=False):
-    """`resnet18 34 50 101 152 200`, with `wX` every channel count times X (`resnet50w4`), or ResNeXt:
-    `resnext50_32x8d`.
+    """A Backbone: [N, 3, H, W] -> [c2, c3, c4, c5] at strides 4, 8, 16, 32, with torchvision's names in `state_dict`.
 
-    The module maps [N, 3, H, W] to the stage outputs [c2, c3, c4, c5] at strides 4, 8, 16, 32; their channel counts
-    stand in `.channels`. Its `state_dict` has torchvision's keys. zero_init_residual: the last BN gamma of each
-    residual block starts at 0, as in the released code of the methods on LARS. Exits with 2 on an unknown arch; X is
-    from 0.25 to 16, since torch's CPU kernels crash on convolutions of 8 channels in channels_last.
+    arch: `resnet18 34 50 101 152 200`, with `wX` for X times the channels (`resnet50w4`), or `resnext50_32x8d`.
+    zero_init_residual: the last BN gamma of each residual block starts at 0, as in the released codes of the methods on
+    LARS. Exits with 2 if the arch is unknown. X is 0.25 to 16: torch's CPU kernels crash on convolutions of 8 channels
+    in channels_last.
     """
     plain = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
     grouped = re.fullmatch(r"resnext(50|101|152)_([1-9]\d?)x([1-9]\d?)d", arch)
@@ -434,10 +428,10 @@ def resnet(arch, norm_layer=None, zero_init_residual=False):
 
 
 def roi_align(features, boxes, output_size, stride):
-    """Pool each box to output_size x output_size, half-pixel aligned as Detectron2's ROIAlignV2.
+    """[N*K, C, S, S], image-major: each box pooled to output_size, half-pixel aligned as in Detectron2's ROIAlignV2.
 
-    features [N, C, H, W] at `stride`; boxes [N, K, 4] xyxy in pixels of the network's input -> [N*K, C, S, S],
-    image-major and channels_last. In float32 at least, whatever autocast says: bf16 cannot tell pixel 256 from 257.
+    features: [N, C, H, W] at `stride`; boxes: [N, K, 4] xyxy in pixels of the network's input. Computed in float32 at
+    least, whatever autocast says, since bf16 cannot tell pixel 256 from 257.
     """
     x, = to_float32(features)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None]
@@ -452,13 +446,13 @@ def mlp(width, hidden, dim, bias=True):
                          nn.Linear(hidden, dim, bias))
 
 
-# --- Queue, InfoNCE and momentum -------------------------------------------------------------------------------------
+# --- Contrast --------------------------------------------------------------------------------------------------------
 
 class Queue(nn.Module):
     """A first-in-first-out dictionary of keys (MoCo Sec. 3.2).
 
-    `.keys` is [size, dim] and L2-normalized, random at first. `.enqueue` writes over the oldest rows in place, so call
-    it after the backward pass of a loss that used them.
+    `.keys` is [size, dim], L2-normalized, random at first. `.enqueue` overwrites the oldest rows in place: call it
+    after the backward pass of a loss that used them.
     """
 
     def __init__(self, dim, size):
@@ -468,12 +462,12 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put in the rows of `keys` [N, dim], normalized, of every process, in rank order; any N, the same in all."""
+        """Put in the normalized keys [N, dim] of all processes, in rank order; any N, the same in all processes."""
         self.put(all_gather(keys.detach()))
 
     @torch.no_grad()
     def put(self, keys, count=None):
-        """Put in rows that every process holds alike; with `count`, a tensor, the first `count` of no more than fit."""
+        """Put in rows that all processes hold alike; with `count`, a tensor, the first `count`, no more than fit."""
         size, count = len(self.keys), len(keys) if count is None else count
         place = torch.arange(len(keys), device=keys.device)[-size:]  # of more rows than fit, the last stay
         index = (self.position + place) % size
@@ -482,7 +476,7 @@ class Queue(nn.Module):
 
 
 def to_float32(*tensors):
-    """The tensors in float32, or in float64 where they are."""
+    """The tensors in float32; those in float64 stay."""
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
@@ -502,7 +496,7 @@ def info_nce(q, k, negatives, temperature):
 
 @torch.no_grad()
 def pretext_accuracy(q, k, negatives):
-    """Share of the queries that are nearer to their own key than to every negative; a tie is no hit."""
+    """The share of queries that are nearer to their own key than to every negative; a tie is no hit."""
     with torch.autocast(q.device.type, enabled=False):
         q, k, negatives = to_float32(q, k, negatives)
         return ((q * k).sum(dim=1) > (q @ negatives.T).amax(dim=1)).float().mean()
@@ -510,16 +504,16 @@ def pretext_accuracy(q, k, negatives):
 
 @torch.no_grad()
 def momentum_update(target, online, m):
-    """t = m*t + (1-m)*o over the parameters (MoCo Eq. 2); buffers, BN's running statistics, stay the target's own."""
+    """t = m*t + (1-m)*o for all parameters (MoCo Eq. 2). Buffers, BN's running statistics, stay the target's own."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - m)
 
 
-# --- LARS and schedules ----------------------------------------------------------------------------------------------
+# --- Optimization ----------------------------------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, tensor by tensor, to trust * ||weight|| / ||update|| (You et al. 2017).
+    """SGD with momentum that scales each tensor's update to trust * ||weight|| / ||update|| (You et al. 2017).
 
-    Biases and norm parameters (ndim <= 1) get neither weight decay nor that scaling, as SimCLR and BYOL do it.
+    Biases and norm parameters (ndim <= 1) get neither weight decay nor the scaling, as in SimCLR and BYOL.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
@@ -559,9 +553,9 @@ def cosine(start, end, step, total):
 
 
 def learning_rate(base, step, total, warmup=0, drops=None):
-    """The rate of one step: linear from 0 over the `warmup` first steps, then half a cosine to 0 at `total`.
+    """The learning rate of one step: a linear rise from 0 over the first `warmup` steps, then half a cosine to 0.
 
-    With `drops`, fractions of the run, it falls to a tenth at each of them instead (MoCo v1: .6, .8).
+    With `drops`, fractions of the run, the rate instead falls to a tenth at each of them (MoCo v1: .6, .8).
     """
     if step < warmup:
         return base * (step + 1) / warmup
@@ -570,17 +564,17 @@ def learning_rate(base, step, total, warmup=0, drops=None):
     return cosine(base, 0.0, step - warmup, total - warmup)
 
 
-# --- Photometric augmentation, a whole batch at once -----------------------------------------------------------------
+# --- Color augmentation ----------------------------------------------------------------------------------------------
 
 class Photometric(nn.Module):
-    """Color work on the device: uint8 views [N, 3, H, W] -> normalized float, every sample with its own draw.
+    """uint8 views [N, 3, H, W] -> augmented and normalized floats, on the device, every sample with its own draw.
 
-    The distributions are those of torchvision's ColorJitter (its four ops in a random order, applied with probability
-    `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; a kernel of a tenth of the view, 23 at
-    224) and RandomSolarize, in this order. Draws come from the device's default generator.
+    The distributions are those of torchvision's ColorJitter (its four operations in a random order, applied with
+    probability `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; a kernel of a tenth of the
+    view, 23 at 224) and RandomSolarize, in this order. Draws come from the device's default generator.
 
-    family "dm_pix": the jitter of BYOL's and DetCon's own code. Where torchvision multiplies by 1 + u, brightness adds
-    u; contrast is about each channel's mean; saturation is HSV's.
+    family: "torchvision", or "dm_pix" for the jitter of BYOL's and DetCon's own code. Where torchvision multiplies by
+    1 + u, dm_pix adds u to the brightness; its contrast is about each channel's mean; its saturation is HSV's.
     """
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grayscale_p=0.0,
@@ -605,7 +599,7 @@ class Photometric(nn.Module):
             "factor": torch.where(jitter, factor, 1.0),          # [n, 3] brightness, contrast, saturation
             "hue": torch.where(jitter[:, 0], hue, 0.0),          # [n] turns of the color circle
             "order": uniform(4).argsort(dim=1),                  # [n, 4] which op comes first, ...; op 3 is hue
-            "grayscale": uniform() < self.grayscale_p,                     # [n]
+            "grayscale": uniform() < self.grayscale_p,           # [n]
             "blur": uniform() < self.blur_p,                     # [n]
             "sigma": low + (high - low) * uniform(),             # [n] pixels
             "solarize": uniform() < self.solarize_p,             # [n]
@@ -618,7 +612,7 @@ class Photometric(nn.Module):
             return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def apply_draw(self, x, draw):
-        """The drawn parameters applied to x [N, 3, H, W] in [0, 1]; no sample is looked at alone."""
+        """x [N, 3, H, W] in [0, 1] with the drawn parameters applied, all samples at once."""
         if self.jitters:
             # Three blends before hue and three after it serve all 24 orders: a blend with factor 1 does nothing.
             factor = F.pad(draw["factor"], (0, 1), value=1.0).gather(1, draw["order"])  # [N, 4] by place in the order
@@ -638,7 +632,7 @@ class Photometric(nn.Module):
 
     @staticmethod
     def turn_hue(x, turns):
-        """Hue of HSV shifted by `turns` [N]: saturation and value, so minimum and maximum of RGB, stay."""
+        """x with the hue of HSV shifted by `turns` [N]; saturation and value stay, so minimum and maximum of RGB do."""
         top, low = x.amax(dim=1), x.amin(dim=1)                               # [N, H, W]
         chroma = top - low
         r, g, b = x.unbind(dim=1)
@@ -650,7 +644,7 @@ class Photometric(nn.Module):
 
     @staticmethod
     def gaussian_blur(x, sigma):
-        """Rows times a banded matrix, then columns; at the border the kernel's weights inside sum to one."""
+        """Rows times a banded matrix, then columns; at the border the kernel's weights inside the image sum to one."""
         def band(size):
             d = torch.arange(size, device=x.device)
             d = d - d[:, None]
@@ -660,9 +654,9 @@ class Photometric(nn.Module):
 
 
 def blend(x, op, factor):
-    """Brightness (op 0), contrast (1) and saturation (2) are one thing: away from black, mean gray, or own gray.
+    """Brightness (op 0), contrast (1) or saturation (2): x moved away from black, from its mean gray, or from its gray.
 
-    x: [N, 3, H, W] in [0, 1]; op and factor: [N]. Any op with factor 1 does nothing.
+    x: [N, 3, H, W] in [0, 1]; op and factor: [N]. Factor 1 does nothing, whatever the op.
     """
     op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
     gray = luma(x)                                                            # [N, 1, H, W]
@@ -671,29 +665,56 @@ def blend(x, op, factor):
 
 
 def hsv_blend(x, op, factor):
-    """The same ops of the family dm_pix: plus factor - 1, away from each channel's mean, or from HSV's value.
+    """`blend` of the family dm_pix: x plus factor - 1, or moved away from each channel's mean, or from HSV's value.
 
     Value is the largest channel. Saturation, (largest - smallest) / largest, is 1 at most, which bounds the factor.
     """
     op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
     value, smallest = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)  # [N, 1, H, W]
-    bounded = torch.minimum(factor, value / (value - smallest).clamp(min=1e-8))
+    most = torch.minimum(factor, value / (value - smallest).clamp(min=1e-8))
     anchor = torch.where(op == 2, value, x.mean(dim=(2, 3), keepdim=True))    # [N, 3, H, W]
-    scale = torch.where(op == 2, bounded, torch.where(op == 0, 1.0, factor))
+    scale = torch.where(op == 2, most, torch.where(op == 0, 1.0, factor))
     return (torch.lerp(anchor, x, scale) + (factor - 1) * (op == 0)).clamp_(0, 1)
 
 
 def luma(x):
-    """Gray of RGB [N, 3, H, W] -> [N, 1, H, W], with torchvision's weights."""
+    """[N, 3, H, W] RGB -> [N, 1, H, W] gray, with torchvision's weights."""
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-# --- Images: one image, a folder of them, shapes drawn on the fly ----------------------------------------------------
+def denormalize(x):
+    """[..., 3, H, W] in [0, 1], to look at: the inverse of Photometric's normalization."""
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (x * std + mean).clamp(0, 1)
+
+
+class PhotometricRandAugment(torchvision.transforms.RandAugment):
+    """RandAugment without the operations that move the picture."""
+
+    def _augmentation_space(self, *args):
+        space = super()._augmentation_space(*args)
+        return {name: x for name, x in space.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
+
+
+def rand_augment(image, rng, magnitude=28, moves=True):
+    """A PIL image after torchvision's RandAugment, 2 operations of `magnitude` (0 to 30), drawn from rng.
+
+    Without `moves`, pixels stay where they are. Magnitude 28 changes a picture as much as the operations of InfoMin,
+    which DUPR cites, do at their strength 10 of 10.
+    """
+    augment = torchvision.transforms.RandAugment if moves else PhotometricRandAugment
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2 ** 63)))
+        return augment(magnitude=magnitude)(image)
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what brings the picture upright
+         8: Image.Transpose.ROTATE_90}  # what brings a picture upright, by its EXIF orientation
+PAUSES = 0.2, 1, 4                      # seconds before a file is read again
 
 
 class Unreadable(Exception):
@@ -702,57 +723,51 @@ class Unreadable(Exception):
 
 @contextmanager
 def decoding():
-    """Whatever Pillow makes of a damaged file becomes Unreadable."""
+    """Turns every exception that Pillow raises for a damaged file into Unreadable."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, struct.error, zlib.error) as error:
         raise Unreadable(error) from error
 
 
-PAUSES = 0.2, 1, 4  # seconds
-
-
 def open_image(path):
-    """An image, not decoded yet. A read that fails, as on a network file system, is tried again after pauses."""
-    for pause in PAUSES:
+    """A PIL image, not decoded yet. A read that fails, as on a network file system, is tried again after pauses."""
+    for pause in (*PAUSES, None):
         try:
             return Image.open(io.BytesIO(Path(path).read_bytes()))
         except OSError as error:
-            if error.errno is None:  # Pillow's own: the bytes are there, but no image
+            if error.errno is None or pause is None:  # without a number it is Pillow's: the bytes are no image
                 raise
             time.sleep(pause)
-    return Image.open(io.BytesIO(Path(path).read_bytes()))
 
 
 class LazyImage:
-    """One image; JPEG is not decoded before views are cut from it. `.size` is (width, height), upright."""
+    """An image that is decoded when views are cropped from it. `.size` is (width, height), upright."""
 
-    def __init__(self, image, index):
-        self.pil, self.index = image, index
-        orientation = image.getexif().get(0x0112)
+    def __init__(self, pil, index):
+        self.pil, self.index = pil, index
+        orientation = pil.getexif().get(0x0112)
         self.turn = TURNS.get(orientation)
-        self.size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+        self.size = pil.size[::-1] if orientation in (5, 6, 7, 8) else pil.size
 
     def decode(self, scale=1.0):
-        """The upright image, RGB; a JPEG at the smallest of its scales that is still `scale` times its size."""
+        """The upright PIL image, RGB; a JPEG at the smallest of its scales that is at least `scale`."""
         with decoding():
             if scale < 1:
                 self.pil.draft(None, [math.ceil(side * scale) for side in self.pil.size])
-            self.pil.load()  # a torn file shows itself here
+            self.pil.load()  # a torn file fails here
             image = to_rgb(self.pil)
             return image if self.turn is None else image.transpose(self.turn)
 
     def shrunk(self):
-        """The upright image as uint8 [H, W, 3], the longer side 500 pixels at most: what segmentation's scales are
-        meant for.
-        """
+        """The upright image as uint8 [H, W, 3], of `shrunk` size: what the scales of segmentation are meant for."""
         size = shrunk(self.size)
         return np.asarray(self.decode(size[0] / self.size[0]).resize(size, Image.Resampling.BILINEAR))
 
     def crop(self, crops, sizes, resample=Image.Resampling.BILINEAR):
-        """Cut every crop (xyxy, pixels of the image) to a square of its size; gives RGB PIL images.
+        """RGB PIL images: each of `crops` (xyxy, pixels of the image) made a square of its size.
 
-        Call it once with all crops, since it decodes once, at the scale that still gives each of them its pixels: a
+        Call it once with all crops: it decodes once, at the scale that still gives each crop its pixels, so that a
         12-megapixel photograph costs little more than a small one.
         """
         image = self.decode(max(size / min(x2 - x1, y2 - y1) for (x1, y1, x2, y2), size in zip(crops, sizes)))
@@ -763,12 +778,12 @@ class LazyImage:
 
 
 def shrunk(size):
-    """(width, height) with the longer side 500 pixels at most, which is the usual one of ImageNet's."""
+    """(width, height) with the longer side 500 pixels at most, the usual one of ImageNet's."""
     return tuple(max(1, round(side * min(1.0, 500 / max(size)))) for side in size)
 
 
 def to_rgb(image):
-    """Any mode that Pillow reads as 8-bit RGB."""
+    """Any mode of Pillow's as 8-bit RGB."""
     if image.mode.startswith("I"):     # 16-bit gray: the high byte
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":              # a palette may hold transparency, which Pillow takes to RGB only by way of RGBA
@@ -782,9 +797,9 @@ def to_tensor(image):
 
 
 def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
-    """The rectangle of torchvision's RandomResizedCrop: a share `area` = (low, high) of the image, log-uniform ratio.
+    """(x1, y1, x2, y2) in whole pixels of an image of (width, height), drawn as by torchvision's RandomResizedCrop.
 
-    size: (width, height) in pixels -> (x1, y1, x2, y2), whole pixels of the same image.
+    area: (low, high), the crop's share of the image; ratio: of width to height, log-uniform.
     """
     width, height = size
     for _ in range(10):
@@ -794,58 +809,42 @@ def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return x, y, x + w, y + h
-    w = min(width, round(height * ratio[1]))   # no such rectangle fits: the largest one allowed, in the middle
+    w = min(width, round(height * ratio[1]))   # none has fitted: the largest that the ratio allows, in the middle
     h = min(height, round(width / ratio[0]))
     x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
 
 
 def center_crop(size):
-    """The middle square of an image of (width, height), 224 of 256 of its shorter side: xyxy pixels of the image."""
+    """(x1, y1, x2, y2): the middle square of an image of (width, height), 224 of 256 of its shorter side."""
     side = max(1, round(min(size) * 224 / 256))
     x, y = (size[0] - side) // 2, (size[1] - side) // 2
     return x, y, x + side, y + side
 
 
-class PhotometricRandAugment(torchvision.transforms.RandAugment):
-    """RandAugment without the operations that move the picture."""
-
-    def _augmentation_space(self, *args):
-        space = super()._augmentation_space(*args)
-        return {name: x for name, x in space.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
-
-
-def rand_augment(image, rng, magnitude=28, moves=True):
-    """torchvision's RandAugment, 2 operations of `magnitude` (0 to 30), on a PIL image, drawn from rng.
-
-    Without `moves` each pixel stays where it is. 28 changes a picture as much as InfoMin's operations, which DUPR
-    cites, do at their strength of 10 of 10.
-    """
-    augment = torchvision.transforms.RandAugment if moves else PhotometricRandAugment
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2 ** 63)))
-        return augment(magnitude=magnitude)(image)
-
-
 class ImageFolder:
-    """Every image below a folder, hidden ones left out and links followed, in an order that no file system decides.
+    """All images below a folder, in an order that no file system decides. Follows links, leaves hidden files out.
 
-    The names lie in one buffer, not in a list of strings: ten million of them do not grow with each worker.
+    The names lie in one buffer: ten million of them in a list of strings would grow with each loader worker.
     """
 
     max_pixels = 2 * 10 ** 8  # of an image: --max-pixels
 
     def __init__(self, root):
-        self.root, self.bad = Path(root), set()  # bad: what was found undecodable
+        self.root, self.bad = Path(root), set()  # bad: files found undecodable
         if not str(root) or not self.root.is_dir():
             fail(f"no such folder: {root}")
         try:
-            self.names = np.frombuffer(scan(os.fsencode(self.root)), np.uint8)  # "a/1.jpg\0a/2.jpg\0..."
+            self.keep(scan(os.fsencode(self.root)))
         except OSError as error:
             fail(f"cannot list {os.fsdecode(error.filename)}: {error.strerror}")
-        self.ends = np.flatnonzero(self.names == 0)
         if not len(self):
             fail(f"no images below {root} (looked for {' '.join(s.decode() for s in SUFFIXES)})")
+
+    def keep(self, names):
+        """Take b"a/1.jpg\\0a/2.jpg\\0..." as the names of the images."""
+        self.names = np.frombuffer(names, np.uint8)
+        self.ends = np.flatnonzero(self.names == 0)
 
     def __len__(self):
         return len(self.ends)
@@ -856,6 +855,7 @@ class ImageFolder:
         return os.fsdecode(self.names[start:self.ends[i]].tobytes())
 
     def image(self, i):
+        """Image i as a LazyImage. Raises Unreadable."""
         with decoding():
             image = open_image(self.root / self.name(i))
             if image.width * image.height > self.max_pixels:
@@ -863,35 +863,34 @@ class ImageFolder:
             return LazyImage(image, i)
 
     def only(self, names, what):
-        """Keep these images alone, a list of bytes, in its order. Exits with 2 where one of them is not there; what:
-        who names them.
+        """Keep the images of `names`, a list of bytes, in that order; what: who names them. Exits with 2 if one
+        is missing.
         """
         missing = sorted(set(names) - set(self.names.tobytes().split(b"\0")))
         if missing:
             fail(f"{self.root} lacks {len(missing)} of the {len(names)} images of {what}: {os.fsdecode(missing[0])}")
         if not names:
             fail(f"{what} names no image")
-        self.names = np.frombuffer(b"\0".join(names) + b"\0", np.uint8)
-        self.ends = np.flatnonzero(self.names == 0)
+        self.keep(b"\0".join(names) + b"\0")
 
     def labels(self, classes=None):
-        """(class of every image, names of the classes): the first folder below the root, as ImageNet is laid out."""
+        """(each image's class [N], the names of the classes): its first folder below the root, as in ImageNet."""
         folders = [self.name(i).rpartition(os.sep)[0].partition(os.sep)[0] for i in range(len(self))]
         if "" in folders:
             fail(f"{self.root}: images must lie in folders named by class")
         number = {name: k for k, name in enumerate(classes or sorted(set(folders)))}
-        strange = set(folders) - set(number)
-        if strange:
-            fail(f"{self.root}: class {min(strange)} is not among the training classes")
+        unknown = set(folders) - set(number)
+        if unknown:
+            fail(f"{self.root}: class {min(unknown)} is not among the training classes")
         return torch.tensor([number[folder] for folder in folders]), list(number)
 
     def fingerprint(self):
-        """What tells this data from other data, wherever it lies: plain values."""
+        """Plain values that tell this data from other data, wherever it lies."""
         return {"images": len(self), "names": zlib.crc32(self.names)}
 
 
 def scan(root):
-    """The paths of all images below `root`, each ended by a zero byte: folders sorted, then names in a folder."""
+    """The paths of all images below `root`, each ended by a zero byte: folders sorted, then the names in each."""
     def is_folder(entry):
         try:
             return entry.is_dir()
@@ -908,30 +907,31 @@ def scan(root):
                     folders.append((os.path.join(folder, entry.name), entry.stat()))
                 elif entry.name.lower().endswith(SUFFIXES):
                     names.append(entry.name)
-        if not names:
-            return b"", folders
-        names.sort()
         lead = os.path.join(folder, b"")
-        return lead + (b"\0" + lead).join(names) + b"\0", folders
+        return b"".join(lead + name + b"\0" for name in sorted(names)), folders
 
-    found, level, seen = {}, [b""], {(os.stat(root).st_dev, os.stat(root).st_ino)}
+    found, level, visited = {}, [b""], {(os.stat(root).st_dev, os.stat(root).st_ino)}
     with ThreadPoolExecutor(8) as pool:  # a level of the tree at a time: network file systems answer in parallel
         while level:
-            visited, level = list(zip(level, pool.map(visit, level))), []
-            for folder, (names, folders) in visited:
+            listings = list(zip(level, pool.map(visit, level)))
+            level = []
+            for folder, (names, folders) in listings:
                 found[folder] = names
                 for child, stat in sorted(folders, key=lambda pair: pair[0]):
-                    if (stat.st_dev, stat.st_ino) not in seen:  # a link may lead back up
-                        seen.add((stat.st_dev, stat.st_ino))
+                    if (stat.st_dev, stat.st_ino) not in visited:  # a link may lead back up
+                        visited.add((stat.st_dev, stat.st_ino))
                         level.append(child)
     return b"".join(found[folder] for folder in sorted(found))
 
+
+# --- Shapes ----------------------------------------------------------------------------------------------------------
 
 def polygon(k):
     return lambda u, v, r, a: r * np.cos(a % (2 * np.pi / k) - np.pi / k) - np.cos(np.pi / k)
 
 
-# name: outline, inside where <= 0, and pattern, second color where > 0; (u, v) in [-1, 1], polar (r, a)
+# Each class has an outline, which is inside where <= 0, and a pattern, which has the second color where > 0; both are
+# formulas of the place in the shape: (u, v) in [-1, 1] and the same in polar coordinates (r, a).
 SHAPE_CLASSES = {
     "ball": (lambda u, v, r, a: r - 0.95, lambda u, v, r, a: np.sin(9 * v)),
     "tile": (lambda u, v, r, a: np.maximum(abs(u), abs(v)) - 0.8, lambda u, v, r, a: np.sin(7 * u) * np.sin(7 * v)),
@@ -952,16 +952,16 @@ SHAPE_CLASSES = {
 
 
 def color(rng, gray):
-    """A muted color around a gray level: bright ones would tell two pictures apart with no look at their shapes."""
+    """A muted color around a gray level: bright ones would tell pictures apart without a look at their shapes."""
     return np.clip(gray + rng.uniform(-45, 45, 3), 0, 255)
 
 
 class Shapes:
-    """Scenes drawn on the fly, with boxes, masks and classes: the data of every demo and of tests.
+    """Drawn scenes with boxes, masks and classes: the data of every demo and of the tests.
 
-    A kind has its outline and its pattern, as birds have feathers and cars have wheels; colors, size, pose and ground
-    are free. `single`: one object on plainer ground, its class i modulo the number of kinds. Picture i of a seed is the
-    same everywhere.
+    A class has its outline and its pattern, as birds have feathers and cars have wheels; colors, size, pose and ground
+    are free. `single`: one object on plainer ground, of class i modulo the number of classes. Picture i of a seed is
+    the same everywhere.
     """
 
     def __init__(self, count, size=64, seed=0, single=False):
@@ -978,22 +978,19 @@ class Shapes:
     def scene(self, i):
         """(image [S, S, 3] uint8, boxes [n, 4] float32 xyxy pixels, masks [n, S, S] bool, classes [n] int64).
 
-        Boxes and masks are of what is visible; an object hidden by more than 60 % is not listed.
+        Boxes and masks are of what is visible; an object of which more than 60 % is hidden is not listed. By numpy
+        alone: torch's threads do not survive the fork of `draw_all`, and would be waited for forever.
         """
         rng = np.random.default_rng((3, self.seed, i))
         size, grid = self.size, np.arange(self.size) + 0.5
         x, y = grid[None, :], grid[:, None]
-        classes = [i % len(SHAPE_CLASSES)] if self.single else rng.integers(len(SHAPE_CLASSES), size=rng.integers(1, 6))
-        angle = rng.uniform(0, 2 * np.pi)
-        slope = np.clip((x * np.cos(angle) + y * np.sin(angle)) / size * 0.7 + 0.5, 0, 1)[..., None]
-        image = color(rng, rng.uniform(20, 235)) * slope + color(rng, rng.uniform(20, 235)) * (1 - slope)
-        for _ in range(0 if self.single else 3):  # waves on the ground of a scene
-            wave = rng.normal(0, 10 / size, 2)
-            image = image + np.sin(x * wave[0] + y * wave[1] + rng.uniform(0, 6))[..., None] * rng.uniform(-25, 25, 3)
+        kinds = len(SHAPE_CLASSES)
+        classes = [i % kinds] if self.single else rng.integers(kinds, size=rng.integers(1, 6))
+        image = self.ground(rng, x, y)
         masks, areas = np.zeros((len(classes), size, size), bool), np.zeros(len(classes))
-        outlines = list(SHAPE_CLASSES.values())
+        formulas = list(SHAPE_CLASSES.values())
         for n, kind in enumerate(classes):
-            outline, pattern = outlines[kind]
+            outline, pattern = formulas[kind]
             radius = size * (rng.uniform(0.32, 0.46) if self.single else rng.uniform(0.1, 0.28))
             cx, cy = rng.uniform(0.85 * radius, size - 0.85 * radius, 2)
             tilt, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
@@ -1014,18 +1011,25 @@ class Shapes:
             masks[n, rows, columns] = inside
             areas[n] = inside.sum()
         image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
-        keep = masks.sum(axis=(1, 2)) >= np.maximum(9, 0.4 * areas)
-        edges = [(np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))) for mask in masks[keep]]
-        # no torch: see draw_all
+        visible = masks.sum(axis=(1, 2)) >= np.maximum(9, 0.4 * areas)
+        edges = [(np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))) for mask in masks[visible]]
         boxes = [(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) for columns, rows in edges]
         boxes = np.array(boxes, np.float32).reshape(-1, 4)
-        return image, boxes, masks[keep], np.asarray(classes)[keep].astype(np.int64)
+        return image, boxes, masks[visible], np.asarray(classes)[visible].astype(np.int64)
+
+    def ground(self, rng, x, y):
+        """A gradient between two colors and, in a scene, waves: float [S, S, 3]."""
+        angle = rng.uniform(0, 2 * np.pi)
+        slope = np.clip((x * np.cos(angle) + y * np.sin(angle)) / self.size * 0.7 + 0.5, 0, 1)[..., None]
+        image = color(rng, rng.uniform(20, 235)) * slope + color(rng, rng.uniform(20, 235)) * (1 - slope)
+        for _ in range(0 if self.single else 3):
+            wave = rng.normal(0, 10 / self.size, 2)
+            image = image + np.sin(x * wave[0] + y * wave[1] + rng.uniform(0, 6))[..., None] * rng.uniform(-25, 25, 3)
+        return image
 
     def draw_all(self):
-        """Draw every picture now, on all cores, into memory that workers share, with `.boxes`, `.classes` and
-        `.segments`.
-
-        By numpy alone: torch's threads do not outlive the fork, and an operation that waits for them waits for ever.
+        """Draw all pictures now, on all cores, into memory that workers share: `.pictures`, `.boxes`, `.classes` and
+        `.segments`, label maps uint8 [N, S, S] of 0 for the ground and k for object k.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
             scenes = pool.imap(self.labeled_scene, range(self.count), chunksize=64)
@@ -1034,13 +1038,13 @@ class Shapes:
         return self
 
     def labeled_scene(self, i):
-        """(image, boxes, classes, label map uint8 [S, S]: 0 for the ground, k for object k) of picture i."""
+        """(image, boxes, classes, label map) of picture i."""
         image, boxes, masks, classes = self.scene(i)
         segments = (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(axis=0).astype(np.uint8)
         return image, boxes, classes, segments
 
     def objects(self, i):
-        """Boxes [n, 4] and classes [n] of picture i, once all are drawn."""
+        """Boxes [n, 4] and classes [n] of picture i; after `draw_all`."""
         return self.boxes[i], self.classes[i]
 
     def image(self, i):
@@ -1053,17 +1057,17 @@ class Shapes:
         return {"images": self.count, "names": zlib.crc32(self.names)}
 
 
-# --- From images to batches on the device ----------------------------------------------------------------------------
+# --- Batches ---------------------------------------------------------------------------------------------------------
 
 def seed_everything(*key):
-    """Seed torch's generators, the device's too, with whole numbers such as (seed, step, rank)."""
+    """Seed torch's generators, the device's too, with integers such as (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence((4, len(key), *key)).generate_state(1, np.uint64)[0]))
 
 
 class Views(Dataset):
-    """views(image, rng) -> dict of tensors, for the item (epoch, index), with draws that depend on nothing else.
+    """Item (epoch, index) is views(image, rng), a dict of tensors; its random draws depend on nothing but the item.
 
-    An image that cannot be decoded is reported under "bad", and another takes its place.
+    An image that cannot be decoded is named under "bad", and another takes its place.
     """
 
     def __init__(self, source, views, seed):
@@ -1082,7 +1086,7 @@ class Views(Dataset):
 
 
 def global_batches(images, batch_size, seed, first, last):
-    """This process's share of every batch of steps first ... last - 1 of a run, as lists of (epoch, index).
+    """This process's share of the batches of steps first ... last - 1 of a run, as lists of (epoch, index).
 
     Global batch k of an epoch holds the same images whatever the number of processes.
     """
@@ -1095,12 +1099,26 @@ def global_batches(images, batch_size, seed, first, last):
         yield [(epoch, int(i)) for i in order[start:start + share]]
 
 
-class Loader:
-    """`views` of the images that `batches`, lists of (epoch, index), name: dicts of tensors, or with a `collate` of its
-    own of lists of them, on the device.
+def in_batches(indices, size):
+    """`indices` as lists of `size` items (epoch 0, index)."""
+    return ([(0, int(i)) for i in indices[start:start + size]] for start in range(0, len(indices), size))
 
-    Names each undecodable file once, and ends the program when they are more than 1 % of the files seen. `.waited` is
-    the time spent waiting for images, in seconds.
+
+def even_share(count):
+    """This process's share of range(count), as many indices in every process: the first ones may come twice."""
+    return np.arange(rank(), count + -count % world_size(), world_size()) % count
+
+
+def collate_lists(rows):
+    """A batch of samples whose tensors differ in size: a list of each tensor."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "index"}
+
+
+class Loader:
+    """Batches on the device, dicts of tensors: `views` of the images that `batches`, lists of (epoch, index), name.
+
+    Each undecodable file is named once; if they are more than 1 % of the files seen, the program ends with code 2.
+    `.waited` is the time spent waiting for images, in seconds.
     """
 
     def __init__(self, source, views, batches, workers, device, seed=0, collate=None):
@@ -1110,7 +1128,6 @@ class Loader:
                                  multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
-        to = lambda x: [to(y) for y in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
         start, batches = time.perf_counter(), iter(self.loader)
         while True:
             try:
@@ -1120,11 +1137,16 @@ class Loader:
             if batch is None:
                 return
             self.waited += time.perf_counter() - start
-            self.count(batch.pop("bad"))
-            yield {name: to(x) for name, x in batch.items()}
+            self.report_bad_files(batch.pop("bad"))
+            yield {name: self.to_device(x) for name, x in batch.items()}
             start = time.perf_counter()
 
-    def count(self, reports):
+    def to_device(self, x):
+        if isinstance(x, list):
+            return [self.to_device(y) for y in x]
+        return x.to(self.device, non_blocking=True)
+
+    def report_bad_files(self, reports):
         self.seen += len(reports)
         bad = self.source.bad
         for report in {report for report in reports if report} - bad:
@@ -1141,8 +1163,8 @@ class Loader:
 NETWORKS = {"moco": ("encoder_q", "encoder_k"), "detco": ("encoder_q", "encoder_k"), "dupr": ("encoder_q", "encoder_k"),
             "soco": ("online", "target"), "detcon": ("online", "target")}
 
-# {our module: theirs}: {0}, {1} and {2} count from 0, 1 and 2; {b} is a block, {c} one of its convolutions; {n} marks
-# the network. SoCo's fc1, Detectron2's and ours flatten a RoI alike: channel, row, column.
+# {our module: theirs}. {0}, {1} and {2} count from 0, 1 and 2; {b} is a block and {c} one of its convolutions; {n}
+# marks the network. SoCo's fc1, Detectron2's and ours flatten a RoI in the same order: channel, row, column.
 RESNET = {"backbone.conv1": "conv1", "backbone.bn1": "bn1", "backbone.layer{1}": "layer{1}"}
 MOCO = {"backbone": "encoder{n}", "projector": "encoder{n}.fc", "queue.keys": "queue", "queue.position": "queue_ptr"}
 SOCO = {
@@ -1172,7 +1194,7 @@ LAYOUTS = {  # {a name that tells it: (what it is, the method, its table, {what 
 
 
 def modules(table, mark=""):
-    """{our module: theirs} of one of the tables above, counted out."""
+    """{our module: theirs} for all counts of one of the tables above."""
     return {ours.format(k, k + 1, k + 2, b=b, c=c): theirs.format(k, k + 1, k + 2, b=b, c=c, n=mark)
             for ours, theirs in table.items() for k, b, c in product(range(4), range(36), (1, 2, 3))}
 
@@ -1184,51 +1206,30 @@ def longest_prefix(name, modules):
     return name
 
 
-class PickledArray:
-    """Stands for NumPy's arrays and dtypes while a pickle is read: it holds what the pickle gives, and runs nothing."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def tensor(self):
-        if len(self.arguments) > 3:                           # pickle's protocol 5
-            data, dtype, shape, order = self.arguments[:4]
-        else:
-            _, shape, dtype, by_column, data = self.state
-            order = "F" if by_column else "C"
-        kind = np.dtype(dtype.state[1] + dtype.arguments[0])  # such as <f4
-        data = data.encode("latin1") if isinstance(data, str) else data
-        return torch.from_numpy(np.frombuffer(data, kind).reshape(shape, order=order).astype(kind.newbyteorder("=")))
-
-
 class PlainUnpickler(pickle.Unpickler):
-    """Knows plain values and NumPy's arrays, and refuses whatever else a pickle names."""
+    """Reads plain values and NumPy's arrays, and refuses whatever else a pickle names."""
 
-    known = {"collections.OrderedDict": OrderedDict, "_codecs.encode": lambda text, _: text.encode("latin1"),
-             **dict.fromkeys(("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
-                              "numpy.core.multiarray.scalar", "numpy.core.numeric._frombuffer"), PickledArray)}
+    known = {"collections.OrderedDict", "_codecs.encode", "numpy.ndarray", "numpy.dtype",
+             "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy._core.numeric._frombuffer"}
 
     def find_class(self, module, name):
-        name = f"{module.replace('numpy._core', 'numpy.core')}.{name}"  # NumPy 2 has moved
-        if name not in self.known:
-            raise pickle.UnpicklingError(f"GLOBAL {name}")
-        return self.known[name]
+        module = module.replace("numpy.core", "numpy._core")  # as NumPy 2 calls it
+        if f"{module}.{name}" not in self.known:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return super().find_class(module, name)
 
 
 def unpickled(path):
-    """The dict in a file of torch.save, or in a .pkl of Detectron2, of which nothing is executed.
+    """The dict in a file of torch.save or in Detectron2's .pkl; nothing in it is executed.
 
-    Exits with 2 when the file holds more than tensors, arrays and plain values.
+    Exits with 2 if the file holds more than tensors, arrays and plain values.
     """
     try:
         if str(path).endswith(".pkl"):
             with open(path, "rb") as file:
                 state = PlainUnpickler(file, encoding="latin1").load()
-            arrays = {name: x for name, x in state.get("model", state).items() if isinstance(x, PickledArray)}
-            return {**state, "model": {name: x.tensor() for name, x in arrays.items()}}
+            arrays = {name: x for name, x in state.get("model", state).items() if isinstance(x, np.ndarray)}
+            return {**state, "model": {name: torch.from_numpy(x) for name, x in arrays.items()}}
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in SoCo's files
             state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state}
@@ -1239,9 +1240,9 @@ def unpickled(path):
 
 
 class Weights(NamedTuple):
-    """A file of weights in our names: `backbone.*`, of SoCo with FPN `fpn.*` and `head.*`, and the pretext task's own.
+    """A file of weights in our names: `backbone.*`, SoCo's `fpn.*` and `head.*`, and what else the pretext task has.
 
-    target: empty when the file has one network. settings: of a run of ours; of others the arch alone.
+    target: empty if the file has one network. settings: of a run of ours; of any other file the arch alone.
     """
 
     what: str
@@ -1252,15 +1253,21 @@ class Weights(NamedTuple):
     target: dict
 
     def sentence(self, taken):
-        """A line that says what the file is, which of its parts were taken, and which have no place."""
-        words = {"fpn": "pyramid", "head": "box head", "fc": "classifier"}
-        say = lambda names: ", ".join(words.get(name, name) for name in names)
-        left = [part for part in parts(self.online) if part not in taken]
-        return f"{self.what}: {say(taken)}" + (f"; no place for {say(left)}" if left else "")
+        """One line: what the file is, which of its parts were taken, and which have no place."""
+        names = {"fpn": "pyramid", "head": "box head", "fc": "classifier"}
+        left = [names.get(part, part) for part in parts(self.online) if part not in taken]
+        line = f"{self.what}: {', '.join(names.get(part, part) for part in taken)}"
+        return line + (f"; no place for {', '.join(left)}" if left else "")
+
+    def choose_arch(self, args):
+        """Fill in --arch, and the file's checksum as a setting of the run. Exits with 2 if --arch is another."""
+        if args.arch not in (None, self.settings["arch"]):
+            fail(f"--init {args.init} is a {self.settings['arch']}, not --arch {args.arch}: leave --arch out")
+        args.arch, args.init_checksum = self.settings["arch"], self.checksum
 
 
 def parts(tensors):
-    """{"backbone", "fpn", ...: {name: tensor}}, by a name's first word."""
+    """{"backbone": {name: tensor}, "fpn": ..., ...}, by the first word of a name."""
     found = defaultdict(dict)
     for name, x in tensors.items():
         found[name.partition(".")[0]][name] = x
@@ -1268,9 +1275,9 @@ def parts(tensors):
 
 
 def read_weights(path):
-    """The Weights in a file of ours, of MoCo's, DetCo's or SoCo's authors, torchvision's ResNet, or Detectron2's .pkl.
+    """The Weights in a file of ours, of MoCo's, DetCo's or SoCo's authors, of torchvision's ResNet or of Detectron2.
 
-    Exits with 2 when it is none of these, or when its backbone is no ResNet that --arch can name.
+    Exits with 2 if it is none of these, or if its backbone is no ResNet that --arch can name.
     """
     state = unpickled(path)
     model = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
@@ -1310,7 +1317,10 @@ def read_weights(path):
 
 
 def backbone_arch(path, arch, tensors):
-    """The --arch of tensors that are named backbone.*, told by their shapes; exits with 2 when they are no ResNet's."""
+    """The --arch of tensors named backbone.*, told by their shapes if `arch` is None.
+
+    Exits with 2 if they are not that network's.
+    """
     shapes = {name.removeprefix("backbone."): list(x.shape) for name, x in tensors.items()}
     if not arch:
         block = Bottleneck if "layer1.0.conv3.weight" in shapes else BasicBlock
@@ -1330,32 +1340,27 @@ def backbone_arch(path, arch, tensors):
 
 
 def weights_to_start_from(args):
-    """The Weights that --init names; None when they are gone and the run has begun, which does not need them again.
-
-    Fills in --arch, and the file's checksum, which is a setting of the run: the file may move.
-    """
+    """The Weights that --init names, with --arch filled in; None if the run has begun and the file is gone."""
     last = Path(args.out, "last.pt")
     if last.exists() and not Path(args.init).exists():
         settings = load(last)["settings"]
         args.arch, args.init_checksum = args.arch or settings.get("arch"), settings.get("init_checksum") or "missing"
         return None
     weights = read_weights(args.init)
-    if args.arch not in (None, weights.settings["arch"]):
-        fail(f"--init {args.init} is a {weights.settings['arch']}, not --arch {args.arch}: leave --arch out")
-    args.arch, args.init_checksum = weights.settings["arch"], weights.checksum
+    weights.choose_arch(args)
     return weights
 
 
 def start_from(model, method, weights):
-    """Put weights into a method's model, into both networks, and say in one line what was taken.
+    """Put weights into both networks of a method's model, and print in one line what was taken.
 
-    The backbone, the pyramid and the box head of any file are taken, and the rest of a file of the same method: each
-    part when all its names and shapes are the model's.
+    Backbone, pyramid and box head are taken from any file, everything else from a file of the same method. A part is
+    taken if all its names and shapes are the model's.
     """
     state, same, loaded = model.state_dict(), weights.method == method, {}
     shapes = lambda tensors: {name: x.shape for name, x in tensors.items()}
 
-    def fits(network, part, tensors):
+    def take(network, part, tensors):
         for prefix in (f"{network}.", ""):  # a predictor or a queue belongs to no network
             named = {f"{prefix}{name}": x for name, x in tensors.items()}
             here = {name: x for name, x in state.items() if name.startswith(f"{prefix}{part}.")}
@@ -1366,22 +1371,22 @@ def start_from(model, method, weights):
 
     online, target = NETWORKS[method]
     for part, tensors in parts(weights.target if same and weights.target else weights.online).items():
-        fits(target, part, tensors)
-    taken = [part for part, tensors in parts(weights.online).items() if fits(online, part, tensors)]
+        take(target, part, tensors)
+    taken = [part for part, tensors in parts(weights.online).items() if take(online, part, tensors)]
     model.load_state_dict(loaded, strict=False)
     if rank() == 0:
         print(weights.sentence(taken))
 
 
-# --- Checkpoints, log, picture ---------------------------------------------------------------------------------------
+# --- Runs ------------------------------------------------------------------------------------------------------------
 
 RUNTIME_SETTINGS = {"data", "out", "workers", "max_steps", "save_every", "print_every", "knn", "tensorboard", "prepare",
-                "train", "val", "eval_every", "init", "start"}
+                    "train", "val", "eval_every", "init", "start"}  # may change when a run goes on
 
 
 @contextmanager
 def atomic_write(path):
-    """A binary file to write to, which comes to stand at `path` whole or not at all. An OSError says the path."""
+    """A binary file to write to, which appears at `path` complete or not at all. An OSError names the path."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             yield file
@@ -1400,15 +1405,14 @@ LOCKED = []  # open files: a lock ends when its file is closed
 
 
 def lock(folder):
-    """Keep other runs out of a folder until this process, number 0 of its run, ends.
+    """Keep other runs out of a folder until this run's process 0 ends. Exits with 2 if another run is at work there.
 
-    A record lock: it ends with its process, however that ends, is not left to workers, and works on NFS. Exits with 2
-    when another run is at work; one that was killed may take a few seconds to die.
+    A record lock: it ends with its process, however that ends, is not inherited by workers, and works on NFS.
     """
     if rank() > 0:
         return
     LOCKED.append(open(Path(folder, ".lock"), "w"))
-    for _ in range(20):
+    for _ in range(20):  # a run that was killed may take seconds to die
         try:
             return fcntl.lockf(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -1419,14 +1423,14 @@ def lock(folder):
 
 
 def save(path, **state):
-    """Write a checkpoint; in process 0 alone."""
+    """Write a checkpoint, from process 0 alone."""
     if rank() == 0:
         with atomic_write(path) as file:
             torch.save(state, file)
 
 
 def load(path):
-    """A checkpoint of ours as a dict on the CPU; exits with 2 where it is none."""
+    """A checkpoint of ours, as a dict on the CPU. Exits with 2 if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "epoch", "step", "method", "settings", "generators"} - set(state)
@@ -1438,7 +1442,7 @@ def load(path):
 
 
 def read_log(path):
-    """The rows of a log.jsonl, without a line that a kill may have torn; exits with 2 where it is none."""
+    """The rows of a log.jsonl, without a last line that a kill has torn. Exits with 2 if it is none."""
     try:
         rows = [json.loads(row) for row in Path(path).read_text().splitlines() if row.endswith("}")]
         if not all(isinstance(row["step"], int) for row in rows):
@@ -1449,11 +1453,11 @@ def read_log(path):
 
 
 class Run:
-    """A run in its folder --out: started from --init or resumed from last.pt, saved there, logged to log.jsonl, console
-    and TensorBoard.
+    """A run in its folder --out: resumed from last.pt or started from --init, saved there, logged to log.jsonl, the
+    console and TensorBoard. Exits with 2 if the folder holds another run.
 
     `.step` counts the steps done (the loop adds one), `.total` those of the whole run; `.last` is where --max-steps
-    stops it. Exits with 2 where the folder holds another run. A resumed log reads as one uninterrupted run.
+    stops it. The log of a resumed run reads as one uninterrupted run.
     """
 
     def __init__(self, args, source, method, model, optimizer):
@@ -1464,8 +1468,8 @@ class Run:
                  f"take --batch-size {len(source)} or less")
         self.total = args.epochs * self.steps_per_epoch
         self.last = min(self.total, args.max_steps or self.total)
-        self.settings = {name: x for name, x in vars(args).items()
-                         if name not in RUNTIME_SETTINGS} | source.fingerprint()
+        self.settings = {name: x for name, x in vars(args).items() if name not in RUNTIME_SETTINGS}
+        self.settings |= source.fingerprint()
         self.out, self.step, self.board = Path(args.out), 0, None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1480,15 +1484,7 @@ class Run:
         if len(all_gather(torch.tensor([here], device=next(model.parameters()).device)).unique(dim=0)) > 1:
             fail("the processes see different folders: --data and --out must be the same on every node")
         if rank() == 0:
-            rows = [row for row in self.rows() if self.step and row["step"] <= self.step]
-            with atomic_write(Path(self.out, "log.jsonl")) as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            if args.tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    fail("--tensorboard needs the package tensorboard: pip install tensorboard")
-                self.board = SummaryWriter(args.out, purge_step=self.step)
+            self.open_logs()
 
     def resume(self, state):
         there, here = {"method": state["method"], **state["settings"]}, {"method": self.method, **self.settings}
@@ -1504,6 +1500,18 @@ class Run:
         torch.set_rng_state(state["generators"]["torch"])
         self.step = state["step"]
 
+    def open_logs(self):
+        """Cut log.jsonl back to the step of the checkpoint, and open TensorBoard."""
+        rows = [row for row in self.rows() if self.step and row["step"] <= self.step]
+        with atomic_write(Path(self.out, "log.jsonl")) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        if self.args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fail("--tensorboard needs the package tensorboard: pip install tensorboard")
+            self.board = SummaryWriter(self.args.out, purge_step=self.step)
+
     def save(self):
         save(Path(self.out, "last.pt"), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
              epoch=self.step // self.steps_per_epoch, step=self.step, method=self.method, settings=self.settings,
@@ -1511,38 +1519,36 @@ class Run:
         self.restart_clock()
 
     def batches(self, views, device, collate=None):
-        """What is left of the run: every batch of `views` of the data, on the device, across epochs."""
+        """All batches that are left of the run: `views` of the data, on the device, across epochs."""
         steps = global_batches(len(self.source), self.args.batch_size, self.args.seed, self.step, self.last)
         self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed, collate)
         self.restart_clock()
         return self.until_stopped()
 
     def until_stopped(self):
-        """Every batch of the loader. After a signal ends the program when the step is done and saved, in all processes
-        after the same step."""
+        """The loader's batches. After a signal, all processes save and end after the same step."""
         stop.holding = True
         try:
             for batch in self.loader:
                 yield batch
-                number = stop.agreed()
-                if number and self.step < self.last:
+                which = stop.agreed()
+                if which and self.step < self.last:
                     self.save()
                     barrier()  # torchrun ends the others as soon as one is gone
                     if rank() == 0:
-                        print_line(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of "
+                        print_line(f"stopped by {signal.Signals(which).name}, saved after step {self.step} of "
                                    f"{self.total}: the same command goes on")
                     finish()
-                    sys.exit(128 + number)
-            stop.settle()
+                    sys.exit(128 + which)
         finally:
             stop.holding = False
 
     def restart_clock(self):
-        """What happened since the last row does not count in images_per_s."""
+        """Leave what happened since the last row out of images_per_s."""
         self.mark = time.perf_counter(), self.step, self.loader.waited
 
     def log(self, loss, stats, lr):
-        """A row for the step just done, averaged over the processes; no other part of a step waits for the device."""
+        """A row for the step just done, averaged over the processes. Nothing else in a step waits for the device."""
         figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
         if world_size() > 1:
             dist.all_reduce(figures)
@@ -1555,9 +1561,9 @@ class Run:
                     "data_wait": round((self.loader.waited - waited) / took, 3)})
 
     def monitor(self, backbone, pair, device, stage=5):
-        """A row with the kNN accuracy of a stage of `backbone` on (train, val).
+        """A row with the kNN accuracy of a stage of `backbone` on the pair (train, val).
 
-        Of drawn shapes: before the first step and after the last, with the object probe of every stage.
+        If they are drawn shapes, only before the first step and after the last, and with the object probe.
         """
         drawn = isinstance(pair[0], Shapes)
         if drawn and self.step not in (0, self.total):
@@ -1573,30 +1579,44 @@ class Run:
         self.restart_clock()
 
     def write(self, values):
-        if rank() == 0:
-            row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
-            path = Path(self.out, "log.jsonl")
-            try:
-                with open(path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:  # of a write and of closing it says no path
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            print_line(*(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in row.items()),
-                       sep="  ")
-            for name, value in values.items() if self.board else ():
-                self.board.add_scalar(name, value, self.step)
+        """A row in log.jsonl, a line on the console, and points in TensorBoard."""
+        if rank() > 0:
+            return
+        row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
+        with open(Path(self.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print_line(self.console_line(values))
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, self.step)
+
+    def console_line(self, values):
+        """epoch 3/16  step 320/512  loss 2.41  accuracy 12 %  118 images/s  1:34 left"""
+        epoch = math.ceil(self.step / self.steps_per_epoch)
+        words = [f"epoch {epoch}/{self.args.epochs}", f"step {self.step}/{self.total}"]
+        for name, x in values.items():
+            if name in ("lr", "images_per_s", "data_wait"):
+                continue
+            share = re.search(r"accuracy|knn|probe|overlap|paired|top\d|mIoU|^c\d", name)
+            words.append(f"{name} {100 * x:.3g} %" if share else f"{name} {x:.3g}")
+        if "images_per_s" in values:
+            words.append(f"{values['images_per_s']:.0f} images/s")
+            if values["data_wait"] > 0.2:
+                words.append(f"{values['data_wait']:.0%} of it waiting for images")
+            left = (self.last - self.step) * self.args.batch_size / max(values["images_per_s"], 1e-3)
+            words.append(f"{clock(left)} left")
+        return "  ".join(words)
 
     def rows(self):
-        """What log.jsonl holds so far."""
+        """The rows of log.jsonl so far."""
         path = Path(self.out, "log.jsonl")
         return read_log(path) if path.exists() else []
 
-    def summary(self, **notes):
-        """Print where the run ended: what the last rows say of each stat named, beside its note on how to read it."""
+    def summary(self, **hints):
+        """Print where the run ended: each named stat, the mean of its last five rows, with a hint how to read it."""
         rows, start = self.rows(), "at first" if getattr(self.args, "init", None) else "untrained"
         knns = [row["knn"] for row in rows if "knn" in row]
-        stats = {name: [row[name] for row in rows if name in row][-5:] for name in notes}
-        figures = [f"{name} {np.mean(values):.3g} ({notes[name]})" for name, values in stats.items() if values]
+        stats = {name: [row[name] for row in rows if name in row][-5:] for name in hints}
+        figures = [f"{name} {np.mean(values):.3g} ({hints[name]})" for name, values in stats.items() if values]
         if knns:
             figures += [f"kNN {knns[-1]:.1%}" + (f" ({start} {knns[0]:.1%})" if "knn" in rows[0] else "")]
         probes = [{name: row[f"probe_{name}"] for name in ("c2", "c3", "c4", "c5")}
@@ -1609,7 +1629,7 @@ class Run:
 
 
 def save_views(path, *views):
-    """views.png: view 1, view 2, ... of an image side by side, the images of the batch below each other.
+    """Write views.png: view 1, view 2, ... of an image side by side, the images of the batch below each other.
 
     views: [N, 3, S, S] each, in [0, 1]; small ones are drawn larger.
     """
@@ -1620,16 +1640,31 @@ def save_views(path, *views):
             torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), file, "png")
 
 
-def denormalize(x):
-    """The inverse of Photometric's normalization, to look at: [..., 3, H, W] in [0, 1]."""
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (x * std + mean).clamp(0, 1)
+# --- Long work before training ---------------------------------------------------------------------------------------
+
+def clock(seconds):
+    """Seconds as 1:34 or 2:01:34."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-# --- Hours of work before training -----------------------------------------------------------------------------------
+class Progress:
+    """Prints to stderr, every ten seconds, how much of a long work is done and how long the rest will take."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start = what, total, time.perf_counter()
+        self.printed = self.start
+
+    def __call__(self, done):
+        now = time.perf_counter()
+        if rank() == 0 and now > self.printed + 10:
+            self.printed, left = now, (now - self.start) / max(done, 1) * (self.total - done)
+            print(f"{self.what}: {done / self.total:.0%}, {clock(left)} left", file=sys.stderr, flush=True)
+
 
 def need_opencv(flag, instead):
-    """Exit with 2 where OpenCV's segmentation, which `flag` asks for, is not installed."""
+    """Exit with 2 if OpenCV's segmentation, which `flag` asks for, is not installed."""
     try:
         from cv2.ximgproc import segmentation  # noqa: F401
     except ImportError:
@@ -1638,7 +1673,7 @@ def need_opencv(flag, instead):
 
 
 class Files(Dataset):
-    """Item i makes the file of tasks[i]; gives what went wrong, or nothing."""
+    """Item i makes the file of tasks[i] and gives what went wrong, or an empty string."""
 
     def __init__(self, path, write, tasks):
         self.path, self.write, self.tasks = path, write, tasks
@@ -1660,10 +1695,10 @@ class Files(Dataset):
 
 
 def make_files(label, count, path, write, device):
-    """Make the files path(0) ... path(count - 1) that are missing, on all cores of all processes, with an ETA.
+    """Make those of the files path(0) ... path(count - 1) that are missing, on all cores of all processes.
 
     write(k, file) writes one to a binary file; what it finds Unreadable is named and left out. The processes meet every
-    few seconds, between files: none waits for another for longer than their connection allows.
+    few seconds, between files, so that none waits for another for longer than their connection allows.
     """
     total = lambda n: int(all_gather(torch.tensor([n], device=device)).sum())
     tasks = [k for k in range(count) if not path(k).exists()]
@@ -1675,103 +1710,110 @@ def make_files(label, count, path, write, device):
         except OSError as error:
             fail(f"cannot write {path(0).parent}: {error.strerror}")
         lock(path(0).parent)
-    mine = iter(DataLoader(Files(path, write, tasks[rank()::world_size()]), batch_size=None, num_workers=cores(),
+    made = iter(DataLoader(Files(path, write, tasks[rank()::world_size()]), batch_size=None, num_workers=cores(),
                            worker_init_fn=ignore_signals, multiprocessing_context="fork"))
     done, finished, start = 0, 0, time.perf_counter()
     while finished < len(tasks):
         meet = time.perf_counter() + 5
-        while time.perf_counter() < meet and (error := next(mine, None)) is not None:
+        while time.perf_counter() < meet and (error := next(made, None)) is not None:
             if error:
                 fail(error, everywhere=True)
             done += 1
         finished = total(done)
         if rank() == 0:
-            took = time.perf_counter() - start
-            left = time.strftime("%H:%M:%S", time.gmtime(took / max(finished, 1) * (len(tasks) - finished)))
-            print_line(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {left} left")
+            left = (time.perf_counter() - start) / max(finished, 1) * (len(tasks) - finished)
+            print_line(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {clock(left)} left")
 
 
-# --- kNN monitor -----------------------------------------------------------------------------------------------------
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def evaluating(network):
+    """Within, the network is in eval mode, everywhere with the running statistics of process 0, as in a checkpoint."""
+    training = network.training
+    network.eval()
+    for buffer in network.buffers() if world_size() > 1 else ():
+        dist.broadcast(buffer, src=0)
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def map_images(function, source, view, indices, batch_size, device, workers=0, collate=None):
+    """(batch, function(batch)) for the images `indices` of `source`, batch by batch; prints progress."""
+    progress, done = Progress(f"{len(indices)} images", len(indices)), 0
+    for batch in Loader(source, view, in_batches(indices, batch_size), workers, device, collate=collate):
+        yield batch, function(batch)
+        done += len(next(iter(batch.values())))
+        progress(done)
+
 
 def extract_features(backbone, source, indices, size, device, workers, stage=5):
-    """Pooled, L2-normalized stage output of center crops, batch by batch: (indices [n], features [n, C])."""
-    view = lambda image, rng: {"view": to_tensor(image.crop([center_crop(image.size)], [size])[0])}
-    batches = ([(0, int(i)) for i in indices[start:start + 512]] for start in range(0, len(indices), 512))
+    """(indices [n], features [n, C]) batch by batch: a stage's output for center crops, pooled and L2-normalized."""
     normalize = Photometric().to(device)
-    for batch in Loader(source, view, batches, workers, device):
+
+    def view(image, rng):
+        return {"view": to_tensor(image.crop([center_crop(image.size)], [size])[0])}
+
+    def encode(batch):
         c = backbone(normalize(batch["view"]), stage - 1)[-1]
-        yield batch["index"], F.normalize(c.float().mean(dim=(2, 3)), dim=1)
+        return F.normalize(c.float().mean(dim=(2, 3)), dim=1)
+
+    for batch, rows in map_images(encode, source, view, indices, 512, device, workers):
+        yield batch["index"], rows
 
 
 @torch.no_grad()
 @exact_products()
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
-    """Weighted k-nearest-neighbor top-1 of frozen c5 (Wu et al. 2018; the monitor of MoCo A.9), or of
-    c2 to c4, in [0, 1].
+    """Top-1 accuracy in [0, 1] of weighted k nearest neighbors on frozen c5 (Wu et al. 2018; MoCo A.9), or on c2 to c4.
 
-    Every process passes its share of the training images by all validation features and keeps the k nearest so far, so
-    that no training feature is ever stored. `train`, `val`: sources with labels; k: fewer where there are fewer.
+    Every process compares its share of the training images with all validation features and keeps the k nearest, so
+    that no training feature is ever stored. train, val: sources with labels; k: less if there are fewer images.
     """
     labels, classes = train.labels()
     truth, _ = val.labels(classes)
-    training, k = backbone.training, min(k, len(train))
-    backbone.eval()
-    for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
-        dist.broadcast(buffer, src=0)
-    share = np.arange(rank(), len(val) + -len(val) % world_size(), world_size()) % len(val)  # as many in every process
-    index, rows = (all_gather(torch.cat(x))
-                   for x in zip(*extract_features(backbone, val, share, size, device, workers, stage)))
-    queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C]
-    best = torch.full((len(val), k), -2.0, device=device)                                      # similarities [M, k]
-    label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
-    labels = labels.to(device)
-    mine = range(rank(), len(train), world_size())
-    for index, rows in extract_features(backbone, train, mine, size, device, workers, stage):
-        with torch.autocast(device.type, enabled=False):  # the backbone may run in bf16, similarities may not
-            best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
-        label = torch.cat([label, labels[index].expand(len(val), -1)], dim=1).gather(1, place)
-    best, place = all_gather(best.T).T.topk(k)                                                 # of [M, world*k]
+    k, labels = min(k, len(train)), labels.to(device)
+    features = partial(extract_features, backbone, size=size, device=device, workers=workers, stage=stage)
+    with evaluating(backbone):
+        index, rows = (all_gather(torch.cat(x)) for x in zip(*features(val, even_share(len(val)))))
+        queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C]
+        best = torch.full((len(val), k), -2.0, device=device)                                      # similarities [M, k]
+        label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
+        for index, rows in features(train, range(rank(), len(train), world_size())):
+            with torch.autocast(device.type, enabled=False):  # the backbone may run in bf16, similarities may not
+                best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
+            label = torch.cat([label, labels[index].expand(len(val), -1)], dim=1).gather(1, place)
+    best, place = all_gather(best.T).T.topk(k)                                                     # of [M, world*k]
     label = all_gather(label.T).T.gather(1, place)
     votes = torch.zeros(len(val), len(classes), device=device).scatter_add_(1, label, torch.exp(best / temperature))
-    backbone.train(training)
     return (votes.argmax(dim=1) == truth.to(device)).float().mean().item()
 
 
-# --- Object probe ----------------------------------------------------------------------------------------------------
-
-def collate_lists(rows):
-    """Examples of different sizes as a batch: a list of each."""
-    return {name: [row[name] for row in rows] for name in rows[0] if name != "index"}
-
-
 def pool_stages(stages, boxes):
-    """What detectors see of each box: {"c2": [n, C2 * 9], ..., "c5"}, RoIAlign to 3 x 3 cells. boxes: [k, 4] of each
-    image.
-    """
+    """{"c2": [n, C2 * 9], ..., "c5"}: each box, by RoIAlign to 3 x 3 cells. boxes: [k, 4] of each image."""
     return {f"c{i}": torchvision.ops.roi_align(c.float(), boxes, 3, 0.5 ** i, aligned=True).flatten(1)
             for i, c in enumerate(stages, start=2)}
 
 
 def object_view(image, rng, source, size):
-    """An image made square, uint8 [3, size, size]; its boxes [k, 4] xyxy in pixels of the view, and their classes [k].
-
-    source.objects(i): boxes in pixels of image i, and classes.
-    """
-    boxes, classes = source.objects(image.index)
+    """An image made square, uint8 [3, size, size]; its boxes [k, 4] xyxy in pixels of the view; their classes [k]."""
+    boxes, classes = source.objects(image.index)  # boxes in pixels of the image
     view, = image.crop([(0, 0, *image.size)], [size])
     boxes = boxes * np.tile(size / np.array(image.size), 2)
     return {"view": to_tensor(view), "boxes": torch.from_numpy(boxes).float(), "classes": torch.from_numpy(classes)}
 
 
 def box_features(encode, source, images, size, device, workers=0):
-    """{name: features [n, D]} as `encode(views, boxes)` gives them, and the classes [n], of all boxes of some images of
-    `source`, each image made square, `size` pixels a side.
+    """({name: features [n, D]}, classes [n]) of all boxes of some images of `source`, made square of `size` pixels.
+
+    encode(views [N, 3, S, S], boxes) gives the features. All processes work on them, and all have them in the end.
     """
-    view = partial(object_view, source=source, size=size)
-    mine, found = list(images)[rank()::world_size()], []
-    batches = ([(0, int(i)) for i in mine[start:start + 64]] for start in range(0, len(mine), 64))
-    for batch in Loader(source, view, batches, workers, device, collate=collate_lists):
-        rows = encode(torch.stack(batch["view"]), batch["boxes"])
+    view, found = partial(object_view, source=source, size=size), []
+    encode_batch = lambda batch: encode(torch.stack(batch["view"]), batch["boxes"])
+    own = list(images)[rank()::world_size()]
+    for batch, rows in map_images(encode_batch, source, view, own, 64, device, workers, collate_lists):
         found.append({name: x.cpu() for name, x in {**rows, "classes": torch.cat(batch["classes"])}.items()})
     shares = [found]
     if world_size() > 1:
@@ -1783,48 +1825,45 @@ def box_features(encode, source, images, size, device, workers=0):
 
 
 def ridge(x, y, x_val):
-    """Scores [M, K] of the rows of x_val [M, D] for each class, by ridge regression on the classes y [N, K], one-hot,
-    of x [N, D].
+    """Scores [M, K] of x_val [M, D] for each class: ridge regression on x [N, D] and its classes y [N, K], one-hot.
 
-    The strength is the one whose fits without each row tell that row's class best: all of them follow from one
-    decomposition.
+    The strength is the one whose leave-one-out fits tell the classes best; all of them follow from one decomposition.
     """
     mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x, x_val = (((rows - mean) / std).double() for rows in (x, x_val))
-    if x.shape[1] > len(x):                              # nothing can be learned outside of the span of the rows
+    if x.shape[1] > len(x):                              # nothing can be learned outside the span of the rows
         span = torch.linalg.qr(x.T).Q
         x, x_val = x @ span, x_val @ span
     target = y.double()
     prior = target.mean(dim=0)
     power, axes = torch.linalg.eigh(x.T @ x)
-    z, best = x @ axes, (-1, None)
+    z, best_accuracy, best_weight = x @ axes, -1, None
     for strength in len(x) * 10.0 ** torch.arange(-4, 4):
         inverse = 1 / (power.clamp(min=0) + strength)    # [D]
         weight = inverse[:, None] * (z.T @ (target - prior))
         leverage = 1 / len(x) + z ** 2 @ inverse         # [N]
         fit = prior + z @ weight
         left_out = target - (target - fit) / (1 - leverage)[:, None]
-        best = max(best, ((left_out.argmax(dim=1) == y.argmax(dim=1)).double().mean().item(), weight),
-                   key=lambda pair: pair[0])
-    return prior + x_val @ axes @ best[1]
+        accuracy = (left_out.argmax(dim=1) == y.argmax(dim=1)).double().mean().item()
+        if accuracy > best_accuracy:
+            best_accuracy, best_weight = accuracy, weight
+    return prior + x_val @ axes @ best_weight
 
 
 @torch.no_grad()
 @exact_products()
 def probe(backbone, train, val, size, device, workers=0):
-    """{"c2": accuracy in [0, 1], ..., "c5"}: of how many annotated boxes of `val` a linear classifier of a stage's
-    features, learned from those of `train`, tells the class.
+    """{"c2": accuracy in [0, 1], ..., "c5"} of a linear classifier that tells the object in a box by one stage.
+
+    train, val: sources with objects, to learn from and to evaluate on.
     """
-    training, normalize = backbone.training, Photometric().to(device)
-    backbone.eval()
-    for buffer in backbone.buffers() if world_size() > 1 else ():  # process 0's running statistics, as in a checkpoint
-        dist.broadcast(buffer, src=0)
+    normalize = Photometric().to(device)
     encode = lambda views, boxes: pool_stages(backbone(normalize(views)), boxes)
-    (x, y), (x_val, y_val) = (box_features(encode, source, range(len(source)), size, device, workers)
-                              for source in (train, val))
-    backbone.train(training)
-    return {name: (ridge(x[name], F.one_hot(y), x_val[name]).argmax(dim=1) == y_val).float().mean().item()
-            for name in x}
+    features = lambda source: box_features(encode, source, range(len(source)), size, device, workers)
+    with evaluating(backbone):
+        (x, y), (x_val, y_val) = features(train), features(val)
+    scores = {name: ridge(x[name], F.one_hot(y), x_val[name]) for name in x}
+    return {name: (s.argmax(dim=1) == y_val).float().mean().item() for name, s in scores.items()}
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -1832,16 +1871,14 @@ def probe(backbone, train, val, size, device, workers=0):
 class Parser(argparse.ArgumentParser):
     """The flags that all methods share; a method adds its own to `.own`.
 
-    Defaults come from `paper`, and from `demo` over it where no --data is given. What trains a network that exists
-    (transfer/) has no demo, and says itself what its --data and --arch are.
+    Defaults come from `paper`, and from `demo` over it if no --data is given. The scripts of transfer/, which train a
+    network that exists, have no demo and add --data and --arch themselves.
     """
 
     def __init__(self, doc, paper, demo=None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.paper, self.demo = paper, demo or {}
-        self.set_defaults(start=None)  # what --init names
-        # --prepare: of the methods that have something to make before training
-        self.set_defaults(prepare=False, data=None)
+        self.set_defaults(data=None, prepare=False, start=None)  # start: the Weights that --init names
         self.own = self.add_argument_group("the paper's" if demo else "of this script")
         add = self.add_argument_group("common to all" + (" five methods" if demo else "")).add_argument
         count = bounded(int, 1)
@@ -1851,12 +1888,11 @@ class Parser(argparse.ArgumentParser):
             add("--init", metavar="FILE", help="weights to start from: last.pt, those that the authors of MoCo, DetCo "
                 "or SoCo released, torchvision's ResNet, Detectron2's .pkl (default: random)")
             add("--arch", help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d")
-            add("--size", type=bounded(int, 32, 8192),
-                help="side of a view in pixels, 32 or more: the network's stride")
+            add("--size", type=bounded(int, 32, 8192), help="side of a view in pixels; 32 is the network's stride")
             add("--knn", metavar="DIR", help="labeled train/, val/: kNN top-1 each epoch (default: no; demo: shapes)")
             add("--compile", action="store_true", help="torch.compile the model")
         add("--out", metavar="DIR", default=f"runs/{Path(sys.argv[0]).stem}",
-            help="where checkpoint, log and picture go; resumed where it holds a run (default: %(default)s)")
+            help="where checkpoint, log and picture go; resumed if it holds a run (default: %(default)s)")
         add("--epochs", type=count, help="passes over the data")
         add("--batch-size", type=bounded(int, 2), help="images a step, over all processes")
         add("--lr", type=bounded(float, 0, 1e3), help="learning rate at the paper's batch size; scaled linearly")
@@ -1869,8 +1905,7 @@ class Parser(argparse.ArgumentParser):
         add("--print-every", type=count, help="steps between lines of the log")
         add("--max-pixels", type=bounded(int, 1), default=ImageFolder.max_pixels,
             help="an image with more counts as one that cannot be decoded (default: %(default)s)")
-        add("--amp", choices=["bf16", "off"],
-            help="mixed precision (default: bf16 on a GPU that has it, Ampere and later)")
+        add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on a GPU that has it, since Ampere)")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
     def format_help(self):
@@ -1907,7 +1942,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def bounded(kind, low, high=1e9):
-    """An argparse type: an int or float from low to high, which is no bound but of reason when none is given."""
+    """An argparse type: an int or a float from low to high."""
     def parse(text):
         if not low <= kind(text) <= high:  # nan is in no range
             bounds = f"at least {low}" if kind(text) < low else f"from {low} to {high:g}"
@@ -1918,9 +1953,7 @@ def bounded(kind, low, high=1e9):
 
 
 def choose_bn_splits(args):
-    """Fill in --bn-splits, the BN groups of one process: 8, or fewer in a small batch. Exits with 2 where they do not
-    fit.
-    """
+    """Fill in --bn-splits, the BN groups of one process: 8, fewer in a small batch. Exits with 2 if they do not fit."""
     if args.bn_splits is None:
         fits = lambda groups: args.batch_size % groups == 0 and args.batch_size >= 4 * groups
         args.bn_splits = next(filter(fits, (8, 4, 2)), 1)
@@ -1931,31 +1964,35 @@ def choose_bn_splits(args):
 
 
 def warn_if_queue_is_long(args, source):
-    """Say so where the queue is longer than the data."""
     if args.queue > len(source) and rank() == 0:
         print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so older keys of a query's "
               f"own image are among its negatives; --queue {max(1, len(source) // 2)} or less avoids that")
 
 
 def cores():
-    """The processor's cores for each process that torchrun started on this machine."""
+    """The number of CPU cores for each process that torchrun started on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def open_data(args, single=True):
-    """The images to train on, and the pair to monitor with or None: of folders, or shapes if no --data is given.
+    """(images to train on, the pair of sources to monitor with, or None): from folders, or drawn if no --data is given.
 
-    `single`: one object in a drawn picture to train on, or several.
+    single: drawn pictures to train on show one object each, not several.
     """
     shapes = lambda count, seed, single=True: Shapes(count, 48, args.seed + seed, single).draw_all()
     if args.data is None:
         source, pair = shapes(8192, 0, single), (shapes(3072, 1), shapes(768, 2))
     else:
-        train = Path(args.data, "train")
-        source, pair = ImageFolder(train if args.data and train.is_dir() else args.data), None
+        source, pair = open_folder(args.data), None
     if len(source) < args.batch_size and not args.prepare:
         fail(f"{len(source)} images do not fill a batch of {args.batch_size}: take --batch-size {len(source)} or less")
     if args.knn:
         pair = tuple(ImageFolder(Path(args.knn, part)) for part in ("train", "val"))
         pair[1].labels(pair[0].labels()[1])  # wrong folders are an error now, not after an epoch
     return source, pair
+
+
+def open_folder(data):
+    """The ImageFolder DATA/train if there is one, else DATA."""
+    train = Path(data, "train")
+    return ImageFolder(train if data and train.is_dir() else data)

@@ -10,7 +10,7 @@ contrasts instead of one: whole view to whole view, nine small patches to nine p
 
 Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
 `encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released:
-what the paper leaves open is decided where a comment says so.
+comments say what was decided where the paper leaves something open.
 """
 import copy
 from contextlib import contextmanager
@@ -39,41 +39,44 @@ DEMO = dict(arch="resnet18w0.25", size=32, epochs=10, warmup=1, print_every=32, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def jigsaw_sizes(size):
-    """(side of the region, side of a patch) in pixels, for global views of `size`: 255 and 64 at 224."""
+    """(side of a region, side of a patch) in pixels, for global views of `size` pixels: 255 and 64 at 224."""
     return 3 * round(85 * size / 224), round(64 * size / 224)
 
 
 def views(image, rng, size, min_area, augment="moco", magnitude=28, local=True):
-    """Two global views and the regions of two sets of nine patches, each mirrored half of the time.
+    """Two global views, and two regions of nine patches each; every one is mirrored half of the time.
 
-    Gives x_q and x_k, uint8 [3, size, size]; with `local` p_q and p_k, uint8 [3, 255, 255] (at 224), and at_q and at_k,
-    [9, 2], the top-left corner (x, y) of each patch in them.
+    x_q and x_k: global views, uint8 [3, size, size]. With `local` also p_q and p_k: regions, uint8 [3, 255, 255] at
+    224; and at_q and at_k: [9, 2], the top-left corner (x, y) of each patch, one in each of the region's 3 x 3 cells.
     """
     region, patch = jigsaw_sizes(size)
-    areas, sizes = [(min_area, 1.0)] * 2 + [(0.6, 1.0)] * 2, [size] * 2 + [region] * 2
-    names = ["x_q", "x_k", "p_q", "p_k"][:4 if local else 2]
-    crops = [common.random_crop(image.size, area, rng) for _, area in zip(names, areas)]
+    names, areas, sizes = ["x_q", "x_k"], [(min_area, 1.0)] * 2, [size] * 2
+    if local:
+        names, areas, sizes = names + ["p_q", "p_k"], areas + [(0.6, 1.0)] * 2, sizes + [region] * 2
+    crops = [common.random_crop(image.size, area, rng) for area in areas]
     batch = {}
-    for name, view in zip(names, image.crop(crops, sizes[:len(crops)])):
+    for name, view in zip(names, image.crop(crops, sizes)):
         view = ImageOps.mirror(view) if rng.random() < 0.5 else view
         view = common.rand_augment(view, rng, magnitude) if augment == "rand" else view
         batch[name] = common.to_tensor(view)
         if name.startswith("p"):
-            cell = torch.tensor([[x, y] for y in range(3) for x in range(3)]) * (region // 3)
-            batch[name.replace("p", "at")] = cell + torch.from_numpy(rng.integers(region // 3 - patch + 1, size=(9, 2)))
+            cells = torch.tensor([[x, y] for y in range(3) for x in range(3)]) * (region // 3)
+            offsets = torch.from_numpy(rng.integers(region // 3 - patch + 1, size=(9, 2)))
+            batch[name.replace("p", "at")] = cells + offsets
     return batch
 
 
 def color_augmentation():
-    """MoCo v2's colors, for regions as for global views. A region is colored before it is divided, as the text has it,
-    so that its patches share a draw; "the same parameters" as the global views' we take to be those of the
-    distribution.
+    """MoCo v2's colors, for global views and regions alike.
+
+    A region is colored before it is divided, as the text says, so that its patches share a draw. We read "the same
+    parameters" as those of the distribution.
     """
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
 
 def patches(x, corners, side):
-    """The patches of x [N, 3, H, W] at `corners` [N, 9, 2] (x, y) -> [N*9, 3, side, side], image-major."""
+    """[N*9, 3, side, side], image-major: the patches of x [N, 3, H, W] at `corners` [N, 9, 2] (x, y)."""
     step = torch.arange(side, device=x.device)
     columns, rows = (corners[:, :, k, None] + step for k in (0, 1))                       # [N, 9, side]
     image = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
@@ -86,9 +89,9 @@ def patches(x, corners, side):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Backbone with an MLP head for each stage of weight > 0 and, apart, one for its nine patches: `dim`-D, normalized.
+    """The backbone with two MLP heads for each stage of weight > 0: for a global view, and for nine patches.
 
-    The hidden layer is as wide as c5 (2048), whatever comes in: "the same as MoCo v2, except for the input channel".
+    The hidden layer is as wide as c5 (2048) for every stage: "the same as MoCo v2, except for the input channel".
     """
 
     def __init__(self, arch, weights, dim, bn_splits, local):
@@ -103,25 +106,26 @@ class Encoder(nn.Module):
         self.mlp_local = nn.ModuleList(head(9 * self.backbone.channels[i]) for i in self.stages if local)
 
     def forward(self, x):
-        """A global view [N, 3, H, W] -> [N, dim] of each stage."""
+        """A global view [N, 3, H, W] -> normalized [N, dim] of each stage."""
         f = self.backbone(x, self.depth)
         return [normalize(mlp(f[i].mean(dim=(2, 3)))) for i, mlp in zip(self.stages, self.mlp_global)]
 
     def local(self, x):
-        """Patches [N*9, 3, s, s], all in one pass -> [N, dim] of each stage.
+        """Patches [N*9, 3, s, s], all in one pass -> normalized [N, dim] of each stage.
 
-        The nine features are concatenated in the order in which they lie: the paper speaks of no shuffling.
+        The nine features are concatenated in reading order: the paper mentions no shuffling.
         """
-        with running_statistics_kept(self.backbone):
+        with frozen_running_statistics(self.backbone):
             f = self.backbone(x, self.depth)
         pooled = [f[i].mean(dim=(2, 3)).view(len(x) // 9, -1) for i in self.stages]       # [N, 9*C]
         return [normalize(mlp(p)) for p, mlp in zip(pooled, self.mlp_local)]
 
 
 @contextmanager
-def running_statistics_kept(backbone):
-    """BN normalizes by its batch as ever, but its running statistics, with which the backbone will see whole images, do
-    not hear of it: nine patches an image would make most of them their own.
+def frozen_running_statistics(backbone):
+    """Within, BN normalizes by its batch as usual, but leaves its running statistics alone.
+
+    They are for whole images, and nine patches an image would make up most of them.
     """
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -138,33 +142,37 @@ def normalize(x):
 
 
 class DetCo(nn.Module):
-    """The pretext task. weights: w of Eq. 1 for Res2 to Res5; a stage of weight 0 costs nothing. local: with patches.
-    share_queue: one global and one local queue for all stages (Table 16). size: of the global views. bn_splits: BN
-    groups of one process.
+    """The pretext task.
+
+    weights: w of Eq. 1 for Res2 to Res5; a stage of weight 0 costs nothing. local: with patches. size: of the global
+    views, in pixels. share_queue: all stages share one global and one local queue (Table 16). bn_splits: BN groups of
+    one process.
     """
 
     def __init__(self, arch, weights=(0.1, 0.4, 0.7, 1.0), queue=65536, momentum=0.999, temperature=0.2, dim=128,
-                 size=224,
-                 local=True, share_queue=False, bn_splits=1):
+                 size=224, local=True, share_queue=False, bn_splits=1):
         super().__init__()
         self.w = [weight for weight in weights if weight]
         self.momentum, self.temperature, self.patch = momentum, temperature, jigsaw_sizes(size)[1]
         self.photometric = color_augmentation()
         self.encoder_q = Encoder(arch, weights, dim, bn_splits, local)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        queues = lambda: nn.ModuleList(common.Queue(dim, queue) for _ in (self.w[:1] if share_queue else self.w))
-        self.queue_global, self.queue_local = queues(), queues() if local else None
+        count = 1 if share_queue else len(self.w)
+        self.queue_global = nn.ModuleList(common.Queue(dim, queue) for _ in range(count))
+        self.queue_local = nn.ModuleList(common.Queue(dim, queue) for _ in range(count)) if local else None
 
     def forward(self, batch):
-        """batch: what `views` gives, N of each -> the loss of Eq. 1 and its stats."""
+        """(loss of Eq. 1, stats). batch: what `views` gives, N of each."""
         local = self.queue_local is not None
-        look = lambda p, at: patches(self.photometric(p), at, self.patch)
+        cut_patches = lambda p, at: patches(self.photometric(p), at, self.patch)
         q_g = self.encoder_q(self.photometric(batch["x_q"]))                              # [N, dim] a stage
-        q_l = self.encoder_q.local(look(batch["p_q"], batch["at_q"])) if local else []
+        q_l = self.encoder_q.local(cut_patches(batch["p_q"], batch["at_q"])) if local else []
         shuffle = common.Shuffle(len(batch["x_k"]), batch["x_k"].device)                  # for every input of encoder_k
         with torch.no_grad():
             k_g = self.encoder_k(self.photometric(shuffle(batch["x_k"])))
-            k_l = self.encoder_k.local(look(shuffle(batch["p_k"]), shuffle(batch["at_k"]))) if local else []
+            k_l = []
+            if local:
+                k_l = self.encoder_k.local(cut_patches(shuffle(batch["p_k"]), shuffle(batch["at_k"])))
             k_g, k_l = ([shuffle.undo(k) for k in keys] for keys in (k_g, k_l))
         loss, self.new = 0, (k_g, k_l)
         for i, w in enumerate(self.w):
@@ -183,7 +191,7 @@ class DetCo(nn.Module):
 
     @torch.no_grad()
     def update(self):
-        """After the optimizer's step: encoder_k follows encoder_q, and the keys go into the queues."""
+        """After the optimizer's step: encoder_k follows encoder_q, and the new keys enter the queues."""
         common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)
         for queues, keys in zip((self.queue_global, self.queue_local), self.new):
             for i, k in enumerate(keys):
@@ -195,7 +203,7 @@ class DetCo(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
-    """views.png: both global views and their nine patches, laid out as they lay, of a few images."""
+    """Write views.png: both global views of a few images, and both sets of nine patches in their places."""
     columns = []
     for name in ("x_q", "x_k"):
         columns.append(common.denormalize(model.photometric(batch[name])[:8]))

@@ -1,8 +1,8 @@
 """DetCon: Efficient Visual Pretraining with Contrastive Detection (Hénaff et al., ICCV 2021), variants S and B.
 
-Each image is cut into segments by a simple heuristic. The features of a segment, pooled from the last stage of one
-view, must be told to be those of the same segment in another view, among all segments of that image and of all others
-in the batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
+Each image is divided into segments by a simple heuristic. The features of a segment, pooled from the last stage of
+one view, must find the features of the same segment in another view, among all segments of that image and of the other
+images in the batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
 
     python detcon.py                                                shapes drawn on the fly, some minutes on two cores
     python detcon.py --data DIR                                     your own images; masks by Felzenszwalb-Huttenlocher
@@ -36,8 +36,8 @@ PAPER = dict(  # S on ImageNet; lr is for batch_size: 0.3 per 256
     workers=24)  # about what one H100 needs, estimated
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
-# One global mask is SimCLR (S) or a contrastive BYOL (B). Eq. 3 counts a region once, so M draws of one divide the
-# gradient by M, which LARS makes up for in the weights but not in BN and biases (Table 4 a: --num-masks 16).
+# With one global mask DetCon is SimCLR (S) or a contrastive BYOL (B). Eq. 3 counts a region once, so that M draws of
+# one region divide the gradient by M. LARS makes up for that in weights, but not in BN and biases (Table 4 a has 16 masks).
 GRID1 = dict(num_masks=1)
 B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
 
@@ -52,43 +52,44 @@ DEMO = dict(
 def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=False):
     """Two random crops of one image, each mirrored half of the time, and `num_masks` masks of each.
 
-    masks(image) gives the image's masks [H, W] or [H, W, channels], over the whole image at any resolution. Returns x1
-    and x2, uint8 [3, size, size]; ids1 and ids2 [M], which mask of the image each is; masks1 and masks2
-    [M, S/32, S/32], how much each cell of c5 weighs in it. With a count of 1 there is no x2, and both sets of masks are
-    drawn from x1. `keep`: also members1 and members2, bool [M, size, size], to look at.
+    masks(image): the image's masks, [H, W] or [H, W, channels] at any resolution. Returns x1 and x2, uint8
+    [3, size, size]; ids1 and ids2 [M], which regions of the image the masks are; masks1 and masks2 [M, S/32, S/32], the
+    weight of each cell of c5 in them. With a count of 1 there is no x2, and both sets of masks are drawn from x1.
+    keep: also members1 and members2, bool [M, size, size], to look at.
     """
     crops = [common.random_crop(image.size, (0.08, 1.0), rng) for _ in range(count)]
     pictures = image.crop(crops, [size] * count, Image.Resampling.BICUBIC)
     labels, batch = masks(image), {}
     for i in (1, 2):
         if i <= count:
-            x, mirrored = pictures[i - 1], rng.random() < 0.5
-            batch[f"x{i}"] = common.to_tensor(ImageOps.mirror(x) if mirrored else x)
-            mask = crop_labels(labels, crops[i - 1], image.size, size, mirrored)
-            share = shares(mask, -(-size // 32), hard=pooling == "hard")
+            x, flip = pictures[i - 1], rng.random() < 0.5
+            batch[f"x{i}"] = common.to_tensor(ImageOps.mirror(x) if flip else x)
+            view_labels = crop_labels(labels, crops[i - 1], image.size, size, flip)
+            share = shares(view_labels, -(-size // 32), hard=pooling == "hard")
         ids, weights = draw(share, num_masks, rng, one_cell=pooling == "sample")
-        batch |= {f"ids{i}": torch.from_numpy(ids), f"masks{i}": torch.from_numpy(weights)}
+        batch[f"ids{i}"], batch[f"masks{i}"] = torch.from_numpy(ids), torch.from_numpy(weights)
         if keep:
-            batch[f"members{i}"] = torch.from_numpy(np.stack([member(mask, k) for k in ids]))
+            batch[f"members{i}"] = torch.from_numpy(np.stack([member(view_labels, k) for k in ids]))
     return batch
 
 
-def crop_labels(labels, crop, image_size, size, mirrored=False):
-    """The nearest labels at the pixels of `crop` (xyxy, pixels of the image) made size x size."""
-    across, down = ((crop[k] + (np.arange(size) + 0.5) * (crop[k + 2] - crop[k]) / size) * labels.shape[1 - k]
-                    / image_size[k] for k in (0, 1))
-    return labels[down.astype(int)[:, None], across.astype(int)[::-1 if mirrored else 1]]
+def crop_labels(labels, crop, image_size, size, flip=False):
+    """[size, size, ...]: the nearest labels at the pixels of `crop` (xyxy, pixels of the image) made size x size."""
+    def places(axis):  # 0: across, 1: down
+        pixels = crop[axis] + (np.arange(size) + 0.5) * (crop[axis + 2] - crop[axis]) / size
+        return (pixels * labels.shape[1 - axis] / image_size[axis]).astype(int)
+    return labels[places(1)[:, None], places(0)[::-1 if flip else 1]]
 
 
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # [256, 8], the bits of a byte
 
 
 def shares(mask, cells, hard=False):
-    """The share that each region has of each of cells x cells squares -> [regions, cells, cells].
+    """[regions, cells, cells]: the share that each region has of each of cells x cells squares.
 
-    mask: uint8 [S, S] labels; [S, S, channels] with a set of labels each, region 256 * channel + label; or uint16
-    [S, S], 16 regions that may overlap, one a bit. hard, as in the released code: of each set, the region with the
-    largest share of a cell has all of it.
+    mask: uint8 [S, S], labels; or [S, S, channels], a set of labels each, region 256 * channel + label; or uint16
+    [S, S], 16 regions that may overlap, one a bit. hard, as in the released code: in each set, the region with the
+    largest share of a cell gets all of it.
     """
     size, bits = len(mask), mask.dtype == np.uint16
     labels = np.ascontiguousarray(mask).view(np.uint8).reshape(size, size, -1)            # 16 bits are two bytes
@@ -106,10 +107,10 @@ def shares(mask, cells, hard=False):
 
 
 def draw(share, n, rng, one_cell=False):
-    """n of the regions that are present, with replacement: ids [n], and how much each cell weighs, float32 [n, h, w].
+    """(ids [n], weights of the cells float32 [n, h, w]): n of the regions that are present, with replacement.
 
     one_cell: all weight lies on one cell, drawn by the shares (Sec. 4.4). If no region is present, the whole view is
-    one, number -1.
+    one, with id -1.
     """
     present = np.flatnonzero(share.any(axis=(1, 2)))
     if not len(present):
@@ -123,14 +124,14 @@ def draw(share, n, rng, one_cell=False):
 
 
 def member(mask, k):
-    """Which pixels of a mask, as `shares` takes it, are in region k as `draw` counts -> bool [S, S]."""
+    """bool [S, S]: which pixels of a mask, as `shares` takes it, are in region k, as `draw` counts."""
     if mask.dtype == np.uint16:
         return mask >> k & 1 > 0 if k >= 0 else mask == 0
     return mask.reshape(*mask.shape[:2], -1)[..., k // 256] == k % 256
 
 
 def color_augmentation(variant, view, size):
-    """The colors of view 1 or 2 (table of A.1); blur's sigma is 0.1 to 2 pixels at 224."""
+    """The colors of view 1 or 2 (table of A.1). Blur's sigma is 0.1 to 2 pixels at 224."""
     same = dict(jitter_p=0.8, grayscale_p=0.2, sigma=(0.1 * size / 224, 2.0 * size / 224), family="dm_pix")
     if variant == "s":
         return common.Photometric(0.8, 0.8, 0.8, 0.2, blur_p=[1.0, 0.0][view - 1], **same)
@@ -142,7 +143,7 @@ def color_augmentation(variant, view, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mask_pool(h, masks):
-    """h_m, the mean of c5 [N, C, h, w] weighted by each cell's share in the mask, masks [N, M, h, w] -> [N, M, C]."""
+    """h_m [N, M, C]: the mean of c5 [N, C, h, w] over each mask, weighted by the cells' weights [N, M, h, w] in it."""
     weight = masks / masks.sum(dim=(2, 3), keepdim=True)
     return torch.einsum("nmij,ncij->nmc", weight.to(h.dtype), h)
 
@@ -161,13 +162,13 @@ class Encoder(nn.Module):
 
 
 def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=True):
-    """Contrastive detection (Eq. 1 to 3), both ways added, in nats: the sum over an image's distinct paired regions,
-    divided by the M draws; the mean over images.
+    """The loss of contrastive detection (Eq. 1 to 3) in nats, both directions added.
 
-    pred1, pred2, target1, target2: [N, M, D], of this process's N images, not normalized; ids1, ids2: [N, M], equal if
-    two draws are of one region. Each process's rows meet the targets of all processes, [N*M, 2 * world*N*M]
-    similarities, not the square of the global batch; without `gather`, those of these N images alone. S passes its
-    projections as predictions and targets, and trains through both.
+    It is the mean over images of the sum over an image's distinct paired regions, divided by the M draws.
+
+    pred1, pred2, target1, target2: [N, M, D] of this process's N images, not normalized; S passes its projections as
+    predictions and as targets, and trains through both. ids1, ids2: [N, M], equal if two draws are of one region.
+    gather: rows meet the targets of all processes, [N*M, 2 * world*N*M] similarities; else those of these N images.
     """
     with torch.autocast(pred1.device.type, enabled=False):
         pred1, pred2, target1, target2 = (F.normalize(x, dim=2)
@@ -181,11 +182,10 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
 
 
 def one_way(pred, other, own, ids, other_ids, mine):
-    """Eq. 3 from one view [N, M, D] to the targets of the `other` and of its `own` view, [world*N, M, D], in whose rows
-    `mine` [N] the same images are.
+    """Eq. 3 from one view's predictions [N, M, D] to the targets of the `other` and of its `own` view [world*N, M, D].
 
-    In Eq. 1's denominator stand all targets of the other view, all positives too, and those of the own view but for
-    the same region's.
+    mine: [N], the rows of the targets that are of the same images. The denominator of Eq. 1 has all targets of the
+    other view, all positives too, and those targets of the own view that are not of the same region.
     """
     n, m, _ = pred.shape
     image = torch.arange(n, device=pred.device)
@@ -202,8 +202,11 @@ def one_way(pred, other, own, ids, other_ids, mine):
 
 
 class DetCon(nn.Module):
-    """The pretext task. variant "s": one network, both views; "b": a target network follows the online one by
-    `update(momentum)`. size: of the views, in pixels. negatives: of how many images at a time, if not of the batch."""
+    """The pretext task.
+
+    variant: "s" has one network for both views; "b" has a target network too, which follows the online one by
+    `update(momentum)`. size: of the views, in pixels. negatives: of so many images at a time, if not of the batch.
+    """
 
     def __init__(self, arch, variant="s", size=224, temperature=0.1, hidden=2048, dim=128, negatives=None):
         super().__init__()
@@ -215,9 +218,9 @@ class DetCon(nn.Module):
             self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, batch):
-        """batch: x1, x2 [N, 3, S, S] uint8, ids1, ids2 [N, M], masks1, masks2 [N, M, S/32, S/32] -> loss and stats.
+        """(loss, stats). batch: x1, x2 [N, 3, S, S] uint8, ids1, ids2 [N, M], masks1, masks2 [N, M, S/32, S/32].
 
-        Without x2, the second masks are of x1 too (Table 5 b).
+        Without x2 both sets of masks are of x1 (Table 5 b).
         """
         ids1, ids2, masks = batch["ids1"], batch["ids2"], [batch["masks1"], batch["masks2"]]
         if "x2" not in batch:
@@ -239,8 +242,11 @@ class DetCon(nn.Module):
 
     @torch.no_grad()
     def stats(self, pred, target, ids, other_ids):
-        """From view 1's predictions to view 2's targets, within this process: the share of paired masks whose nearest
-        target is of their own region, the mean similarity of pairs, and the share of masks that have a pair."""
+        """Figures from view 1's predictions to view 2's targets, within this process.
+
+        accuracy: share of the masks with a pair whose nearest target is of their own region; positive: mean similarity
+        of pairs; paired: share of the masks that have a pair.
+        """
         image = torch.arange(len(pred), device=pred.device)
         with torch.autocast(pred.device.type, enabled=False):
             pred, target = (F.normalize(x.float(), dim=2).flatten(0, 1) for x in (pred, target))
@@ -264,10 +270,9 @@ class DetCon(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def felzenszwalb(image, scales):
-    """Felzenszwalb-Huttenlocher segments, minimum size = scale -> uint8 [H, W], or [H, W, number of scales].
+    """uint8 [H, W], or [H, W, scales]: Felzenszwalb-Huttenlocher segments, with the scale as minimum size.
 
-    H x W is the image's size, made smaller if its longer side has more than the 500 pixels that are usual in ImageNet:
-    the scales are meant for such images.
+    H x W is `common.shrunk` of the image's size: the scales are meant for images as large as ImageNet's.
     """
     import cv2
     cv2.setNumThreads(1)  # every core has an image of its own
@@ -282,7 +287,7 @@ def felzenszwalb(image, scales):
 
 
 def make_masks(folder, source, scales, device):
-    """Segment every image, by all processes together, into PNGs that mirror the data folder; those there are kept."""
+    """Segment all images, by all processes, into PNGs in the subfolders of the data; keeps those that are there."""
     common.need_opencv("--masks fh", "--masks grid5")
 
     def write(k, file):
@@ -297,8 +302,10 @@ def mask_path(folder, source, i):
 
 
 def read_mask(image, folder, source):
-    """The masks of an image from its PNG: 8-bit gray or palette, a set of labels; RGB, three sets; 16-bit gray, up to
-    16 masks that may overlap, one a bit. Of the image's size, or of 500 pixels where `felzenszwalb` made it.
+    """The masks of an image, from its PNG.
+
+    8-bit gray or palette: a set of labels; RGB: three sets; 16-bit gray: up to 16 masks that may overlap, one a bit.
+    A mask has the image's size, or 500 pixels as `felzenszwalb` makes it.
     """
     path = mask_path(folder, source, image.index)
     if not path.exists():
@@ -316,7 +323,7 @@ def read_mask(image, folder, source):
 
 
 def open_masks(args, source, device):
-    """(masks(image) of --masks, made where they are missing; what they are, wherever they lie)."""
+    """(masks(image), what they are): those that --masks asks for, made if they are missing."""
     if re.fullmatch(r"grid\d+", args.masks):  # n x n squares (Figure 3)
         n = int(args.masks[4:])
         squares = np.arange(n * n).astype(np.uint8).reshape(n, n)
@@ -345,18 +352,22 @@ COLORS = "red lime yellow cyan magenta orange white dodgerblue green purple brow
 
 
 def save_views(path, model, batch, source, views, seed):
-    """views.png: the views of a few images, each beside its drawn masks, a mask in one color in both."""
-    again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the masks in full
+    """Write views.png: the views of a few images, each beside its drawn masks; a mask has one color in both views."""
+    again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the members of each mask
     items, columns = [again[0, index] for index in batch["index"][:8].tolist()], []
     for i in [i for i in (1, 2) if f"x{i}" in batch]:
         x = (common.denormalize(model.photometric[i - 1](batch[f"x{i}"])[:8]) * 255).byte().cpu()
-        drawn = []
-        for picture, item in zip(x, items):
-            mask_of = dict(zip(item[f"ids{i}"].tolist(), item[f"members{i}"]))            # those drawn twice, once
-            colors = [COLORS[k % len(COLORS)] for k in mask_of]
-            drawn.append(draw_segmentation_masks(picture, torch.stack([*mask_of.values()]), 0.6, colors))
+        drawn = [draw_masks(*row) for row in zip(x, [item[f"ids{i}"].tolist() for item in items],
+                                                 [item[f"members{i}"] for item in items])]
         columns += [x / 255, torch.stack(drawn) / 255]
     common.save_views(path, *columns)
+
+
+def draw_masks(picture, ids, members):
+    """A picture uint8 [3, S, S] with its masks: members, bool [M, S, S]; the color of each tells its id."""
+    mask_of = dict(zip(ids, members))  # one drawn twice, once
+    colors = [COLORS[k % len(COLORS)] for k in mask_of]
+    return draw_segmentation_masks(picture, torch.stack([*mask_of.values()]), 0.6, colors)
 
 
 def arguments():
@@ -380,8 +391,14 @@ def arguments():
     add("--hidden", type=common.bounded(int, 1), help="width of the hidden layer of the heads; 4096 with b")
     add("--dim", type=common.bounded(int, 1), help="length of a latent; 256 with b")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
-    args = parser.parse(lambda args: {**(GRID1 if args.masks == "grid1" else {}), **(B if args.variant == "b" else {}),
-                                      **(B_1000 if args.variant == "b" and (args.epochs or 0) >= 1000 else {})})
+
+    def variant(args):
+        changed = dict(GRID1) if args.masks == "grid1" else {}
+        if args.variant == "b":
+            changed |= {**B, **(B_1000 if (args.epochs or 0) >= 1000 else {})}
+        return changed
+
+    args = parser.parse(variant)
     if args.masks == "truth" and args.data is not None:
         common.fail("--masks truth is for the drawn shapes: take fh, gridN or a folder of masks")
     if re.fullmatch(r"grid\d+", args.masks) and not 1 <= int(args.masks[4:]) <= 16:

@@ -1,8 +1,8 @@
 """DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.).
 
-MoCo v2 at every stage of the backbone, and beside it patches: where two views of an image overlap, both are laid out in
-the same S x S grid, and the feature of a patch must find that of the same patch in the other view, among patches of
-other images. Features then tell places apart, which detection needs.
+MoCo v2 at every stage of the backbone, and a second contrast between patches: the region that two views of an image
+share is divided into an S x S grid in both, and the feature of a patch must find the feature of the same patch in the
+other view, among patches of other images. Features then tell places apart, which detection needs.
 
     python dupr.py                                              shapes drawn on the fly, some minutes on two cores
     python dupr.py --data DIR                                   your own images
@@ -11,7 +11,7 @@ other images. Features then tell places apart, which detection needs.
 
 Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
 `encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released:
-what the paper leaves open is decided where a comment says so.
+comments say what was decided where the paper leaves something open.
 """
 import copy
 from functools import partial
@@ -26,9 +26,8 @@ import common
 
 PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
     arch="resnet50", size=224, epochs=200, batch_size=256, lr=0.06, warmup=0, print_every=50,
-    alpha=[0.1, 0.4, 0.7, 1.0],
-    beta=[0.0, 0.0, 1.0, 1.0], queue=65536, patch_keys=32, momentum=0.999, temperature=0.15, dim=128, min_area=0.2,
-    augment="rand", augment_magnitude=28,
+    alpha=[0.1, 0.4, 0.7, 1.0], beta=[0.0, 0.0, 1.0, 1.0], queue=65536, patch_keys=32, momentum=0.999,
+    temperature=0.15, dim=128, min_area=0.2, augment="rand", augment_magnitude=28,
     workers=32)  # about what one H100 needs, estimated
 
 ABLATION = dict(temperature=0.2)  # with --augment moco
@@ -43,11 +42,10 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
-    """Two random crops, each mirrored half of the time, and where they overlap.
+    """Two random crops, each mirrored half of the time, and the box that both of them show.
 
-    Gives x_q and x_k, uint8 [3, size, size]; box_q and box_k [1, 4], the intersection in xyxy pixels of each view;
-    flip_q and flip_k, whether it is mirrored; overlap, whether there is an intersection (where not, boxes are whole
-    views).
+    x_q and x_k: views, uint8 [3, size, size]; flip_q and flip_k: whether each is mirrored; overlap: whether they
+    intersect; box_q and box_k: [1, 4], their intersection in xyxy pixels of each view, or the whole view without one.
     """
     r1, r2 = (common.random_crop(image.size, (min_area, 1.0), rng) for _ in range(2))                # Eq. 3
     b = max(r1[0], r2[0]), max(r1[1], r2[1]), min(r1[2], r2[2]), min(r1[3], r2[3])                   # Eq. 4
@@ -55,21 +53,24 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
     batch = {"overlap": torch.tensor(overlap)}
     for name, r, view in zip("qk", (r1, r2), image.crop([r1, r2], [size, size])):
         flip = bool(rng.random() < 0.5)
-        box = to_view(b if overlap else r, r, size, flip)                                            # B_1 = T_1(B)
-        view = ImageOps.mirror(view) if flip else view
+        if flip:
+            view = ImageOps.mirror(view)
         if augment != "moco":
             view = common.rand_augment(view, rng, magnitude, moves=augment == "rand-moves")
-        batch |= {f"x_{name}": common.to_tensor(view), f"box_{name}": torch.tensor([box]),
-                  f"flip_{name}": torch.tensor(flip)}
+        box = to_view(b if overlap else r, r, size, flip)                                            # B_1 = T_1(B)
+        batch[f"x_{name}"] = common.to_tensor(view)
+        batch[f"box_{name}"] = torch.tensor([box])
+        batch[f"flip_{name}"] = torch.tensor(flip)
     return batch
 
 
 def to_view(box, crop, size, flip):
-    """T: a box from the pixels of the image to those of `crop` (xyxy, pixels of the image) made size x size and
-    mirrored.
+    """T: a box in pixels of a view. box, crop: xyxy, pixels of the image; the view is `crop` made size x size, and
+    mirrored if `flip`.
     """
     sx, sy = size / (crop[2] - crop[0]), size / (crop[3] - crop[1])
-    x1, y1, x2, y2 = (box[0] - crop[0]) * sx, (box[1] - crop[1]) * sy, (box[2] - crop[0]) * sx, (box[3] - crop[1]) * sy
+    x1, x2 = (box[0] - crop[0]) * sx, (box[2] - crop[0]) * sx
+    y1, y2 = (box[1] - crop[1]) * sy, (box[3] - crop[1]) * sy
     return (size - x2, y1, size - x1, y2) if flip else (x1, y1, x2, y2)
 
 
@@ -83,9 +84,10 @@ def color_augmentation():
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Backbone, h: an MLP for the pooled features of each level with alpha > 0, and g: one of 1x1 convolutions for the
-    patches of each with beta > 0. The hidden layers are as wide as c5 (2048), whatever comes in: the paper gives no
-    width, and this is MoCo v2's.
+    """The backbone and two kinds of heads: h, an MLP for the pooled features of each level with alpha > 0; g, an MLP of
+    1x1 convolutions for the patches of each level with beta > 0.
+
+    The hidden layers are as wide as c5 (2048) at every level: the paper gives no width, and this is MoCo v2's.
     """
 
     def __init__(self, arch, alpha, beta, dim, bn_splits, roi_size=None):
@@ -101,9 +103,11 @@ class Encoder(nn.Module):
         self.g = nn.ModuleList(mlp(partial(nn.Conv2d, kernel_size=1), channels[m]) for m in self.patch_levels)
 
     def forward(self, x, box, flip):
-        """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level, and r, [N, S*S, dim] of each
-        patch level: patch p is the same place in both views. S is roi_size, or the level's own: 7 for conv5, 14 for
-        conv4 at 224 (Sec. 4.5.3).
+        """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level; r, [N, S*S, dim] of each patch
+        level.
+
+        Patch p is the same place in both views. S is roi_size or the side of the level's own features: 7 for conv5, 14
+        for conv4 at 224 pixels (Sec. 4.5.3).
         """
         f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
@@ -113,21 +117,20 @@ class Encoder(nn.Module):
             region = g(common.roi_align(f[m], box, side, stride=4 * 2 ** m))              # Eq. 5, 6: [N, dim, S, S]
             region = torch.where(flip.view(-1, 1, 1, 1), region.flip(3), region)          # mirrored back
             r.append(region.flatten(2).mT)                                                # [N, S*S, dim]
-        return [F.normalize(x.float(), dim=-1) for x in v], [F.normalize(x.float(), dim=-1) for x in r]
+        normalize = lambda features: [F.normalize(f.float(), dim=-1) for f in features]
+        return normalize(v), normalize(r)
 
 
 class DUPR(nn.Module):
     """The pretext task.
 
-    alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); what has weight 0 costs nothing.
-    patch_keys: patches of the global batch that a level's queue takes in a step ("we sample 32 patch features per
-    batch", Sec. 3.2.3), so that one process trains as eight do. roi_size: S of all levels. bn_splits: BN groups of one
-    process.
+    alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); a loss of weight 0 costs nothing.
+    patch_keys: how many patches of the global batch enter a level's queue in a step ("we sample 32 patch features per
+    batch", Sec. 3.2.3), however many processes there are. roi_size: S of all levels. bn_splits: BN groups of a process.
     """
 
     def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32,
-                 momentum=0.999,
-                 temperature=0.15, dim=128, bn_splits=1, roi_size=None):
+                 momentum=0.999, temperature=0.15, dim=128, bn_splits=1, roi_size=None):
         super().__init__()
         self.alpha, self.beta = ([weight for weight in weights if weight] for weights in (alpha, beta))
         self.patch_keys, self.momentum, self.temperature = min(patch_keys, queue), momentum, temperature
@@ -138,38 +141,44 @@ class DUPR(nn.Module):
         self.patch_queues = nn.ModuleList(common.Queue(dim, queue) for _ in self.beta)
 
     def forward(self, batch):
-        """batch: what `two_views` gives, N of each -> the loss of Eq. 2 and its stats."""
+        """(loss of Eq. 2, stats). batch: what `two_views` gives, N of each."""
         v_q, r_q = self.encoder_q(self.photometric(batch["x_q"]), batch["box_q"], batch["flip_q"])
         shuffle = common.Shuffle(len(batch["x_k"]), batch["x_k"].device)                  # for every input of encoder_k
         with torch.no_grad():
-            x, box, flip = (shuffle(batch[f"{name}_k"]) for name in ("x", "box", "flip"))
-            v_k, r_k = ([shuffle.undo(k) for k in keys] for keys in self.encoder_k(self.photometric(x), box, flip))
-        self.new, loss, stats = (v_k, r_k, batch["overlap"]), 0, {}
+            x, box, flip = (shuffle(batch[name]) for name in ("x_k", "box_k", "flip_k"))
+            v_k, r_k = self.encoder_k(self.photometric(x), box, flip)
+            v_k, r_k = ([shuffle.undo(k) for k in keys] for keys in (v_k, r_k))
+        self.new = v_k, r_k, batch["overlap"]
+        loss, stats = 0, {}
         for weight, q, k, queue in zip(self.alpha, v_q, v_k, self.image_queues):
             loss = loss + weight * common.info_nce(q, k, queue.keys, self.temperature)    # Eq. 8
         for weight, q, k, queue in zip(self.beta, r_q, r_k, self.patch_queues):
-            patch, hits = patch_nce(q, k, batch["overlap"], queue.keys, self.temperature)
-            loss, stats = loss + weight * patch, {**stats, "accuracy_patch": hits}        # Eq. 2
+            patch_loss, accuracy = patch_nce(q, k, batch["overlap"], queue.keys, self.temperature)
+            loss = loss + weight * patch_loss                                             # Eq. 2
+            stats["accuracy_patch"] = accuracy                                            # of the last level
         if v_q:
             stats = {"accuracy": common.pretext_accuracy(v_q[-1], v_k[-1], self.image_queues[-1].keys), **stats}
         return loss, {**stats, "overlap": batch["overlap"].float().mean()}
 
     @torch.no_grad()
     def update(self):
-        """f_2 follows f_1; the new keys go in: each image's, and `patch_keys` patches a level (Sec. 3.2.3)."""
+        """After the optimizer's step: f_2 follows f_1, and the new keys enter the queues (Sec. 3.2.3).
+
+        Each image queue takes the keys of all images, each patch queue takes `patch_keys` patches.
+        """
         common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)
         v_k, r_k, overlap = self.new
         for k, queue in zip(v_k, self.image_queues):
             queue.enqueue(k)
         for k, queue in zip(r_k, self.patch_queues):
-            queue.put(*sample_patches(k, overlap, self.patch_keys))
+            keys, count = sample_patches(k, overlap, self.patch_keys)
+            queue.put(keys, count)
 
 
 def sample_patches(k, overlap, count):
-    """Up to `count` patches drawn from those of all overlapping pairs of the global batch.
+    """([count, D], how many of its first rows are patches): drawn from the overlapping pairs of the global batch.
 
-    k [N, P, D], overlap [N] bool -> [count, D], the same in all processes, and how many of its first rows are such
-    patches.
+    k: [N, P, D]; overlap: [N] bool. The result is the same in all processes.
     """
     score = torch.rand(k.shape[:2], device=k.device) + overlap[:, None]  # 1 or more for those to draw from
     score, mine = score.flatten().topk(min(count, score.numel()))
@@ -179,10 +188,11 @@ def sample_patches(k, overlap, count):
 
 
 def patch_nce(q, k, overlap, negatives, temperature):
-    """Eq. 7: q, k [N, P, D] of the same P places, overlap [N] bool, negatives [K, D] -> this process's part of the
-    loss, in nats, and of the share of patches that are nearest to their own. Averaged over processes, as DDP does, they
-    are means over the patches of all overlapping pairs: the paper's sum would weigh 49 to 196 times the image loss. 0
-    where none overlaps.
+    """(loss of Eq. 7 in nats, share of patches that are nearest to their own): this process's parts of both.
+
+    q, k: [N, P, D], the same P places in two views; overlap: [N] bool; negatives: [K, D]. Averaged over processes, as
+    DDP does, the parts become means over the patches of all overlapping pairs, or 0 if no pair overlaps. The paper's
+    sum over patches would weigh 49 to 196 times the image loss.
     """
     rows = common.to_float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
     losses, hits = InfoNCEInParts.apply(*rows, temperature)
@@ -196,11 +206,10 @@ PART = 2 ** 26  # similarities at a time: 0.25 GB
 
 
 class InfoNCEInParts(torch.autograd.Function):
-    """common.info_nce of each row of q [R, D], gradient to q alone, and whether k [R, D] is nearer to it than all
-    negatives.
+    """(common.info_nce of each row of q [R, D], whether its key in k [R, D] is nearer than all negatives).
 
-    For 256 images R is 50176 on conv4_x: all R x K similarities would take 13 GB, several times over. A few rows are
-    done with in one go, as loss and gradient need the same softmax.
+    The gradient goes to q alone. For 256 images R is 50176 on conv4_x, and all R x K similarities would take 13 GB,
+    several times over. A few rows at a time give loss and gradient, which need the same softmax, and are done with.
     """
 
     @staticmethod
@@ -217,7 +226,8 @@ class InfoNCEInParts(torch.autograd.Function):
 
         n = max(1, PART // len(negatives))
         with torch.autocast(q.device.type, enabled=False):                                # see common.info_nce
-            losses, hits, gradient = map(torch.cat, zip(*map(some, q.split(n), k.split(n))))
+            parts = [some(*rows) for rows in zip(q.split(n), k.split(n))]
+        losses, hits, gradient = (torch.cat(part) for part in zip(*parts))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(hits)
         return losses, hits
@@ -233,29 +243,35 @@ class InfoNCEInParts(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
-    """views.png: both views of a few images, their intersection and the S x S grid in it: one number, one spot of the
-    scene.
+    """Write views.png: both views of a few images with the S x S grid in their intersection.
 
-    S is --roi-size, or conv5's own: 7 at 224.
+    A number is the same spot of the scene in both. S is --roi-size or conv5's own, 7 at 224 pixels.
     """
     columns = []
     for name in "qk":
         views = (common.denormalize(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
-        pictures = []
-        for view, box, flip, overlap in zip(views, batch[f"box_{name}"], batch[f"flip_{name}"], batch["overlap"]):
-            factor, side = 448 // view.shape[-1] + 1, model.encoder_q.roi_size or -(-view.shape[-1] // 32)
-            picture = Image.fromarray(view.permute(1, 2, 0).numpy()).resize([view.shape[-1] * factor] * 2)
-            x1, y1, x2, y2 = (box[0] * factor).tolist()
-            pen = ImageDraw.Draw(picture)
-            for p in range(side * side) if overlap else ():
-                row, column = divmod(p, side)
-                column = side - 1 - column if flip else column
-                cell = [x1 + (x2 - x1) * column / side, y1 + (y2 - y1) * row / side]
-                pen.rectangle([*cell, cell[0] + (x2 - x1) / side, cell[1] + (y2 - y1) / side], outline="orange")
-                pen.text([cell[0] + 2, cell[1] + 1], str(p), fill="yellow")
-            pictures.append(common.to_tensor(picture) / 255)
-        columns.append(torch.stack(pictures))
+        side = model.encoder_q.roi_size or -(-views.shape[-1] // 32)
+        rows = zip(views, batch[f"box_{name}"], batch[f"flip_{name}"], batch["overlap"])
+        columns.append(torch.stack([draw_grid(view, box[0], flip, side if overlap else 0)
+                                    for view, box, flip, overlap in rows]))
     common.save_views(path, *columns)
+
+
+def draw_grid(view, box, flip, side):
+    """A view [3, S, S] uint8, enlarged, with side x side numbered cells in its box [4]: float [3, ., .] in [0, 1]."""
+    size = view.shape[-1]
+    factor = 448 // size + 1
+    picture = Image.fromarray(view.permute(1, 2, 0).numpy()).resize([size * factor] * 2)
+    pen = ImageDraw.Draw(picture)
+    left, top, right, bottom = (box * factor).tolist()
+    for p in range(side * side):
+        row, column = divmod(p, side)
+        if flip:
+            column = side - 1 - column
+        x, y = left + (right - left) * column / side, top + (bottom - top) * row / side
+        pen.rectangle([x, y, x + (right - left) / side, y + (bottom - top) / side], outline="orange")
+        pen.text([x + 2, y + 1], str(p), fill="yellow")
+    return common.to_tensor(picture) / 255
 
 
 def arguments():
@@ -279,8 +295,12 @@ def arguments():
     add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
-    args = parser.parse(lambda args: ABLATION if args.augment == "moco" or args.augment is None and not args.data
-                        else {})
+
+    def variant(args):
+        ablation = args.augment == "moco" or args.augment is None and not args.data
+        return ABLATION if ablation else {}
+
+    args = parser.parse(variant)
     if not any(args.alpha + args.beta):
         common.fail("--alpha and --beta: one of the eight must be above 0")
     common.choose_bn_splits(args)

@@ -42,16 +42,19 @@ DEMO = dict(
 def two_views(image, rng, size, min_area, key=True):
     """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size].
 
-    Without `key` x_q alone, which is all that the memory bank needs. `index` is of the image that was cut, which may
-    stand in for one that cannot be decoded.
+    Without `key` only x_q, which is all that the memory bank needs. `index` says which image the views are of: another
+    one stands in for an image that cannot be decoded.
     """
     names = ["x_q", "x_k"] if key else ["x_q"]
     crops = [common.random_crop(image.size, (min_area, 1.0), rng) for _ in names]
-    views = [ImageOps.mirror(view) if rng.random() < 0.5 else view for view in image.crop(crops, [size] * len(crops))]
-    return {name: common.to_tensor(view) for name, view in zip(names, views)} | {"index": image.index}
+    batch = {"index": image.index}
+    for name, view in zip(names, image.crop(crops, [size] * len(crops))):
+        batch[name] = common.to_tensor(ImageOps.mirror(view) if rng.random() < 0.5 else view)
+    return batch
 
 
 def color_augmentation(version):
+    """Version 1's colors (Sec. 3.3), or version 2's, which add blur."""
     if version == 1:
         return common.Photometric(0.4, 0.4, 0.4, 0.4, grayscale_p=0.2)
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
@@ -62,7 +65,7 @@ def color_augmentation(version):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """ResNet, global average pooling, a linear layer (v1) or an MLP (v2), L2 norm: [N, 3, H, W] -> [N, dim]."""
+    """[N, 3, H, W] -> [N, dim]: ResNet, global average pooling, a linear layer (v1) or an MLP (v2), L2 norm."""
 
     def __init__(self, arch, version, dim, bn_splits):
         super().__init__()
@@ -79,9 +82,10 @@ class Encoder(nn.Module):
 class MoCo(nn.Module):
     """The pretext task with one of the three dictionaries of Figure 2.
 
-    mechanism: "queue" is MoCo (Figure 2c); "batch" takes the other keys of the global batch and trains end to end
-    (2a); "bank" takes `queue` keys out of a memory bank with an entry for each of `images` (2b), in which `momentum`
-    mixes old and new features instead of parameters. `bn_splits`: BN groups of one process. `shuffle`: Shuffling BN.
+    mechanism: where the negatives come from. "queue" is MoCo (Figure 2c). "batch" takes the other keys of the global
+    batch and trains end to end (2a). "bank" draws `queue` keys from a memory bank with an entry for each of `images`
+    (2b); there `momentum` mixes old and new features instead of parameters.
+    bn_splits: BN groups of one process; shuffle: whether to use Shuffling BN.
     """
 
     def __init__(self, arch, images, version=2, mechanism="queue", queue=65536, momentum=0.999, temperature=0.2,
@@ -98,7 +102,7 @@ class MoCo(nn.Module):
             self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))
 
     def forward(self, batch):
-        """batch: x_q and x_k [N, 3, S, S] uint8 (bank: x_q, index [N]) -> InfoNCE loss (Eq. 1) and its stats."""
+        """(InfoNCE loss of Eq. 1, stats). batch: x_q and x_k [N, 3, S, S] uint8; of the bank x_q and index [N]."""
         q = self.encoder_q(self.photometric(batch["x_q"]))                                # [N, dim]
         if self.mechanism == "bank":
             k, negatives = self.look_up(batch["index"])
@@ -116,32 +120,34 @@ class MoCo(nn.Module):
                       "positive": (q.detach() * k).sum(dim=1).mean()}
 
     def encode_shuffled(self, encoder, x):
-        """The keys of x [N, 3, S, S], with the batch shuffled over BN groups and processes and back (Sec. 3.3)."""
+        """The keys [N, dim] of x [N, 3, S, S], encoded with the batch shuffled over BN groups (Sec. 3.3)."""
         if not self.shuffle:
             return encoder(self.photometric(x))
         shuffle = common.Shuffle(len(x), x.device)
         return shuffle.undo(encoder(self.photometric(shuffle(x))))
 
     def contrast_within_batch(self, q, keys):
-        """Eq. 1 where each query's negatives are the other keys of the global batch; keys [world*N, dim]."""
+        """Eq. 1 with the other keys of the global batch, [world*N, dim], as each query's negatives."""
         with torch.autocast(q.device.type, enabled=False):
             similarity = q @ keys.T                                                       # [N, world*N]
             own = common.rank() * len(q) + torch.arange(len(q), device=q.device)          # column of each query's key
             loss = F.cross_entropy(similarity / self.temperature, own)                    # Eq. 1
         positive = similarity.detach().gather(1, own[:, None])
-        hit = (similarity >= positive).sum(dim=1) == 1                                    # nothing but itself
+        hit = (similarity >= positive).sum(dim=1) == 1                                    # only the key itself
         return loss, {"accuracy": hit.float().mean(), "positive": positive.mean()}
 
     def look_up(self, index):
-        """Bank entries of images `index` [N], and of K others drawn at random, none of this process's batch."""
-        k = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
-        smaller = index.sort().values - torch.arange(len(index), device=k.device)  # images not in the batch below each
-        k += torch.searchsorted(smaller.cummax(dim=0).values, k, right=True)       # cummax: an image may be there twice
-        return self.bank[index], self.bank[k]
+        """Bank entries of the images `index` [N], and of K others drawn at random, none of this process's batch."""
+        others = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
+        # The j-th image that is not in the batch is image j plus the number of batch images before it. `smaller`
+        # counts the images before each batch image that are not in the batch; cummax since one may be there twice.
+        smaller = index.sort().values - torch.arange(len(index), device=index.device)
+        others += torch.searchsorted(smaller.cummax(dim=0).values, others, right=True)
+        return self.bank[index], self.bank[others]
 
     @torch.no_grad()
     def update(self):
-        """What Algorithm 1 does after the optimizer's step: f_k follows f_q, and the new keys go in."""
+        """After the optimizer's step (Algorithm 1): f_k follows f_q, and the new keys enter the dictionary."""
         if self.mechanism == "queue":
             common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)         # Eq. 2
             self.queue.enqueue(self.new)
@@ -158,11 +164,17 @@ INSTAGRAM = 62500  # steps between drops of the rate in the run on Instagram-1B 
 
 
 def learning_rate(args, step, total, warmup):
-    """The rate of a step: --schedule, after `warmup` steps in which it rises from 0."""
+    """The learning rate of a step by --schedule, after `warmup` steps in which it rises from 0."""
     base = args.lr * args.batch_size / PAPER["batch_size"]
     if args.schedule == "instagram":
         base, total = base * 0.9 ** (step // INSTAGRAM), math.inf  # no other fall
     return common.learning_rate(base, step, total, warmup, drops=(0.6, 0.8) if args.schedule == "steps" else None)
+
+
+def save_views(path, model, batch):
+    """Write views.png: the views of a few images as the network sees them, query and key side by side."""
+    views = [batch[name] for name in ("x_q", "x_k") if name in batch]
+    common.save_views(path, *(common.denormalize(model.photometric(x)[:8]) for x in views))
 
 
 def arguments():
@@ -180,8 +192,12 @@ def arguments():
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
-    args = parser.parse(lambda args: {**(VERSION_1 if args.version == 1 else {}),
-                                      **({"momentum": 0.5} if args.mechanism == "bank" else {})})
+
+    def variant(args):
+        changed = dict(VERSION_1) if args.version == 1 else {}
+        return {**changed, "momentum": 0.5} if args.mechanism == "bank" else changed
+
+    args = parser.parse(variant)
     common.choose_bn_splits(args)
     return args
 
@@ -211,8 +227,7 @@ def main():
     for batch in batches:
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
-            seen = [common.denormalize(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k") if name in batch]
-            common.save_views(Path(args.out, "views.png"), *seen)
+            save_views(Path(args.out, "views.png"), model, batch)
         common.seed_everything(args.seed, run.step, common.rank())
         lr = learning_rate(args, run.step, run.total, round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

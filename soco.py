@@ -1,8 +1,8 @@
 """SoCo: Aligning Pretraining for Detection via Object-Level Contrastive Learning (Wei et al., NeurIPS 2021).
 
-Every object proposal of an image is an instance of its own: its features in one view, cut out by RoIAlign, must predict
-its features in another view, where it lies elsewhere and is larger or smaller. The network is the detector's: backbone,
-feature pyramid and box head are all pre-trained.
+Every object proposal of an image is an instance of its own: its features in one view, pooled by RoIAlign, must predict
+its features in another view, where it lies elsewhere and is larger or smaller. All parts of a detector are pre-trained:
+backbone, feature pyramid and box head.
 
     python soco.py                                              shapes drawn on the fly, some minutes on two cores
     python soco.py --data DIR                                   your own images; proposals by selective search
@@ -10,7 +10,7 @@ feature pyramid and box head are all pre-trained.
     python soco.py --data DIR --detector c4                     for detectors without FPN
     python soco.py --data DIR --views 4                         SoCo*, with a fourth view
 
-Writes last.pt, log.jsonl, views.png and, made by selective search, proposals.npz to --out; the same command again
+Writes last.pt, log.jsonl, views.png and the proposals that it makes, proposals.npz, to --out; the same command again
 goes on where it stopped. In last.pt's `model`, `online.backbone.*`, and with FPN `online.fpn.*` and `online.head.*`,
 are torchvision's ResNet, FeaturePyramidNetwork and FastRCNNConvFCHead.
 """
@@ -52,11 +52,11 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
-    """V1, the image made square; V2, a crop of V1; V3, V2 made smaller; V4, another crop of V1 (SoCo*, Sec. 4.3).
+    """V1: the image made square; V2: a crop of V1; V3: V2 made smaller; V4: another crop of V1 (SoCo*, Sec. 4.3).
 
-    proposals(image, rng) gives [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
+    proposals(image, rng): [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
     view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is the same
-    proposal in each of them, jittered, clipped and mirrored on its own. It is inside V2, and V4 if there is one.
+    proposal in all of them, jittered, clipped and mirrored in each view on its own. It lies in V2, and in V4 if there is one.
     """
     frame = np.array([0, 0, *image.size], float)  # of the whole image
     boxes = proposals(image, rng)
@@ -64,37 +64,38 @@ def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
         v2, v4 = (common.random_crop((sizes[0], sizes[0]), (0.5, 1.0), rng) for _ in range(2))
         v2, v4 = (np.array(crop) * np.tile(image.size, 2) / sizes[0] for crop in (v2, v4))  # pixels of the image
         crops = [frame, v2, v2, v4][:len(sizes)]
-        kept = boxes[np.all([inside(boxes, crop) for crop in crops[1:]], axis=0)]
-        if len(kept):
+        visible = boxes[np.all([inside(boxes, crop) for crop in crops[1:]], axis=0)]
+        if len(visible):
             break
     else:
-        kept = frame[None]  # no proposal in sight: the whole image is the one object
-    kept = np.resize(rng.permutation(kept), (num_proposals, 4))  # all are taken before any is taken twice
+        visible = frame[None]  # no proposal in sight: the whole image is the one object
+    drawn = np.resize(rng.permutation(visible), (num_proposals, 4))  # all are taken before any is taken twice
     batch = {}
     for i, (view, crop, size) in enumerate(zip(image.crop(crops, sizes), crops, sizes), start=1):
-        moved = jitter(kept, jitter_p, rng)
-        moved = np.where(inside(moved, crop)[:, None], moved, kept)  # jitter takes no box out of the view
-        boxes = to_view(moved, crop, size).clip(0, size)
+        jittered = jitter(drawn, jitter_p, rng)
+        moved = np.where(inside(jittered, crop)[:, None], jittered, drawn)  # jitter takes no box out of the view
+        view_boxes = to_view(moved, crop, size).clip(0, size)
         if rng.random() < 0.5:
-            view, boxes = ImageOps.mirror(view), mirrored(boxes, size)
-        batch |= {f"view{i}": common.to_tensor(view), f"boxes{i}": torch.from_numpy(boxes.astype(np.float32))}
+            view, view_boxes = ImageOps.mirror(view), mirrored(view_boxes, size)
+        batch[f"view{i}"] = common.to_tensor(view)
+        batch[f"boxes{i}"] = torch.from_numpy(view_boxes.astype(np.float32))
     return batch
 
 
 def to_view(boxes, crop, size):
-    """Boxes [n, 4] in pixels of `crop` (xyxy, pixels of the image) made size x size; they may reach beyond it."""
+    """Boxes [n, 4], xyxy pixels of the image, in pixels of `crop` made size x size; they may reach beyond it."""
     corner, side = np.tile(crop[:2], 2), np.tile(crop[2:] - crop[:2], 2)
     return (boxes - corner) * (size / side)
 
 
 def inside(boxes, crop):
-    """Which boxes [n, 4] keep 16 pixels a side, of the view's 224, in the crop -> [n] bool."""
+    """[n] bool: which boxes keep at least 16 pixels a side within `crop`, if that is made 224 pixels."""
     x1, y1, x2, y2 = to_view(boxes, crop, 224).clip(0, 224).T
     return (x2 - x1 >= 16) & (y2 - y1 >= 16)
 
 
 def jitter(boxes, p, rng):
-    """Box jitter: with probability p, a box's center and size change by up to a tenth of its width and height each."""
+    """Boxes of which each, with probability p, has its center and size changed by up to a tenth of its own size."""
     center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     r = rng.uniform(-0.1, 0.1, (len(boxes), 4)) * (rng.random((len(boxes), 1)) < p)
     center, side = center + r[:, :2] * side, side + r[:, 2:] * side
@@ -106,7 +107,7 @@ def mirrored(boxes, size):
 
 
 def color_augmentation(view, size):
-    """BYOL's colors: those of its first view for V1, of its second for the others; blur's sigma is 0.1 to 2 of 224."""
+    """BYOL's colors: of its first view for V1, of its second for the others. Blur's sigma is 0.1 to 2 pixels at 224."""
     blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
     return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
                               sigma=(0.1 * size / 224, 2.0 * size / 224))
@@ -117,19 +118,19 @@ def color_augmentation(view, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def assign_levels(boxes, size):
-    """Scale-aware assignment of boxes [..., 4] in pixels of their view, by their area there: 0 to 3, for P2 to P5.
+    """Scale-aware assignment: the level, 0 to 3 for P2 to P5, of boxes [..., 4], by their area in pixels of their view.
 
-    The bounds 48^2, 96^2 and 192^2 belong to the lower level. They are for V1 of 224 pixels and follow its `size`.
+    Areas up to 48^2, 96^2 and 192^2 belong to P2, P3 and P4 if V1 has 224 pixels; the bounds follow its `size`.
     """
     area = ((boxes[..., 2:] - boxes[..., :2]) * (224 / size)).prod(dim=-1)
     return sum((area > side ** 2).long() for side in (48, 96, 192))
 
 
 def pyramid_roi_align(pyramid, boxes, levels, output_size):
-    """RoIAlign of each box on its assigned level alone.
+    """[N*K, C, S, S]: each box pooled by RoIAlign on its assigned level alone.
 
-    pyramid: P2 to P5 [N, C, H/4, W/4], ...; boxes [N, K, 4] in pixels of the view; levels [N, K], or None for the sum
-    over all of them -> [N*K, C, S, S]. On the other levels a box has no area, takes no samples and pools to zero.
+    pyramid: P2 to P5, [N, C, H/4, W/4], ...; boxes: [N, K, 4] in pixels of the view; levels: [N, K], or None to add up
+    all of them. On other levels a box is made empty: it takes no samples there and pools to zero.
     """
     pooled = 0
     for level, (p, stride) in enumerate(zip(pyramid, (4, 8, 16, 32))):
@@ -142,8 +143,8 @@ class ObjectEncoder(nn.Module):
     """f^I, RoIAlign, f^H and the projector g: a view [N, 3, H, W] and its boxes [N, K, 4] -> [N*K, dim], image-major.
 
     detector: "fpn" has the backbone, pyramid and box head (four convolutions, one linear layer) of Mask R-CNN with FPN,
-    norms in all; "c4" pools from c4, and stage 5 is the head. size: of V1, in pixels. For Table 4, without `head` the
-    pooled features are averaged, and without `levels` a box is pooled on all levels, which are added.
+    norms in all of them; "c4" pools from c4, and stage 5 is the head. size: of V1, in pixels. For Table 4: without
+    `head` the pooled features are averaged; without `levels` a box is pooled on all levels, which are added.
     """
 
     def __init__(self, arch, detector, size, hidden, dim, head=True, levels=True):
@@ -156,8 +157,9 @@ class ObjectEncoder(nn.Module):
             channels = round(256 * min(1.0, self.backbone.width))  # a demo's narrow backbone has a narrow detector
             width = 4 * channels if head else channels
             self.fpn = FeaturePyramidNetwork(self.backbone.channels, channels, norm_layer=norm)
-            self.head = (FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm_layer=norm) if head else
-                         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            if head:
+                self.head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm_layer=norm)
         self.projector = common.mlp(width, hidden, dim)
 
     def forward(self, x, boxes):
@@ -174,9 +176,9 @@ class ObjectEncoder(nn.Module):
 
 
 class SoCo(nn.Module):
-    """The pretext task. views: 2, 3, or 4 for SoCo*; size: of V1, in pixels; head, levels: as ObjectEncoder has them.
+    """The pretext task: the online network and the target network, which follows it by `update(momentum)`.
 
-    The target network follows the online one by `update(momentum)`.
+    views: 2, 3, or 4 for SoCo*; size: of V1, in pixels; head, levels: as in ObjectEncoder.
     """
 
     def __init__(self, arch, detector="fpn", views=3, size=224, hidden=4096, dim=256, head=True, levels=True):
@@ -187,13 +189,13 @@ class SoCo(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, batch):
-        """batch: view1, view2, ... [N, 3, S, S] uint8 and boxes1, boxes2, ... [N, K, 4] -> L^SoCo and its stats."""
+        """(L^SoCo, stats). batch: view1, view2, ... [N, 3, S, S] uint8 and boxes1, boxes2, ... [N, K, 4]."""
         views = [(colors(batch[f"view{i}"]), batch[f"boxes{i}"]) for i, colors in enumerate(self.photometric, start=1)]
         normalize = lambda x: F.normalize(*common.to_float32(x), dim=1)
         v_online = [normalize(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
         with torch.no_grad():
             v_target = [normalize(self.target(*view)) for view in views]                  # Eq. 3, 4
-        similarity = lambda a, b: (a * b).sum(dim=1).mean()  # Eq. 6: the mean over K and N
+        similarity = lambda a, b: (a * b).sum(dim=1).mean()                               # Eq. 6, mean over K and N
         loss, stats = 0, {}
         for i in range(1, len(views)):
             forth, back = similarity(v_online[0], v_target[i]), similarity(v_online[i], v_target[0])
@@ -211,10 +213,10 @@ class SoCo(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def selective_search(image, space="HSV", scale=500, min_size=10):
-    """Selective search with the paper's scale 500, sigma 0.9 and min_size 10 -> [n, 4] xyxy pixels of the image.
+    """[n, 4] xyxy pixels of the image: selective search with the paper's scale 500, sigma 0.9 and min_size 10.
 
-    In HSV, with one strategy, where the paper is silent. An image whose longer side has more than 500 pixels is
-    searched at 500, which is what ImageNet's have: more pixels are not more objects.
+    In HSV, with one strategy: the paper does not say. The image is made 500 pixels at most on its longer side, as
+    ImageNet's have: more pixels are not more objects.
     """
     import cv2
     from cv2.ximgproc import segmentation as cv
@@ -231,10 +233,10 @@ def selective_search(image, space="HSV", scale=500, min_size=10):
 
 
 def filter_proposals(boxes, size):
-    """The boxes [n, 4] that may be objects of an image of (width, height): 1/3 <= w/h <= 3 and, relative to the image,
-    0.3 <= sqrt(wh) / sqrt(WH) <= 0.8 (Sec. 3.2).
+    """The boxes [n, 4] that may be objects in an image of (width, height), by Sec. 3.2: 1/3 <= w/h <= 3 and, relative
+    to the image, 0.3 <= sqrt(wh) / sqrt(WH) <= 0.8.
 
-    If there is none: those of that aspect and 32 pixels a side or more; else those of 32 pixels; else the whole image.
+    If there is none: boxes of that aspect and at least 32 pixels a side; else of 32 pixels; else the whole image.
     """
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
     aspect = (w <= 3 * h) & (h <= 3 * w)
@@ -247,7 +249,7 @@ def filter_proposals(boxes, size):
 
 
 def random_boxes(size, n, rng):
-    """Up to n boxes between two points drawn in an image of (width, height) that pass `filter_proposals` (Table 5c)."""
+    """Up to n boxes, each between two random points of an image of (width, height), that pass `filter_proposals`."""
     points = np.sort(rng.uniform(0, size, (20 * n, 2, 2)), axis=1)  # (low, high), (x, y)
     return filter_proposals(points.reshape(-1, 4), size)[:n]
 
@@ -256,13 +258,13 @@ PART = 64  # images whose boxes lie in one file until all are made
 
 
 def make_proposals(path, source, device):
-    """Selective search in every image, by all processes together; what a killed run had finished is not done again."""
+    """Make a proposals file by selective search, with all processes; keeps what a killed run had finished."""
     common.need_opencv("selective search", "--proposals random")
     folder = Path(f"{path}.{zlib.crc32(source.names):08x}.parts")
     parts = [folder / f"{k}.npz" for k in range(-(-len(source) // PART))]
 
     def write(k, file):
-        boxes = [objects(source, i) for i in range(len(source))[k * PART:(k + 1) * PART]]
+        boxes = [find_objects(source, i) for i in range(len(source))[k * PART:(k + 1) * PART]]
         np.savez(file, boxes=np.concatenate(boxes), counts=[len(b) for b in boxes])
 
     common.make_files(f"proposals of {len(source)} images", len(parts), parts.__getitem__, write, device)
@@ -279,8 +281,8 @@ def make_proposals(path, source, device):
     common.barrier()
 
 
-def objects(source, i):
-    """What selective search finds in image i: [n, 4] float32; no box where it cannot be decoded."""
+def find_objects(source, i):
+    """What selective search finds in image i: [n, 4] float32; no box if it cannot be decoded."""
     try:
         image = source.image(i)
         return filter_proposals(selective_search(image), image.size).astype(np.float32)
@@ -290,10 +292,10 @@ def objects(source, i):
 
 
 def save_proposals(path, source, boxes):
-    """Write a proposals file: boxes, a list of [n, 4] xyxy in pixels of the upright image, for every image of `source`.
+    """Write a proposals file. boxes: [n, 4] xyxy in pixels of the upright image, for every image of `source`.
 
-    The file is an .npz of `boxes` [M, 4]; `offsets` [N + 1], the boxes of image i being rows offsets[i] to
-    offsets[i + 1]; and `names` uint8, the path of each image below the folder, ended by a zero byte.
+    The file is an .npz with `boxes` [M, 4]; `offsets` [N + 1]: rows offsets[i] to offsets[i + 1] are of image i; and
+    `names`, uint8: the path of each image below the folder, ended by a zero byte.
     """
     with common.atomic_write(path) as file:
         np.savez(file, boxes=np.concatenate([np.reshape(b, (-1, 4)) for b in boxes]),
@@ -301,7 +303,7 @@ def save_proposals(path, source, boxes):
 
 
 def read_proposals(path, source):
-    """The Proposals of a file that `save_proposals` describes; exits with 2 if it is none, or of other images."""
+    """The Proposals in a file of `save_proposals`. Exits with 2 if it is none, or of other images."""
     try:
         with np.load(path) as arrays:
             boxes, offsets, names = (arrays[name] for name in ("boxes", "offsets", "names"))
@@ -323,7 +325,7 @@ def read_proposals(path, source):
 
 
 class Proposals:
-    """proposals(image, rng) gives the image's boxes, [n, 4] xyxy pixels of the image; forked workers share them."""
+    """proposals(image, rng) gives the boxes of an image, [n, 4] in its pixels. Forked workers share them."""
 
     def __init__(self, boxes, offsets):
         self.boxes, self.offsets = boxes, offsets
@@ -337,9 +339,9 @@ class Proposals:
 
 
 def open_proposals(args, source, device):
-    """(proposals(image, rng), what they are): from the file --proposals, made where it is missing, or drawn."""
+    """(proposals(image, rng), what they are): from the file --proposals, made if it is missing, or drawn."""
     if args.proposals == "random":
-        return lambda image, rng: random_boxes(image.size, 100, rng), "random"  # so many that some are inside V2
+        return lambda image, rng: random_boxes(image.size, 100, rng), "random"  # 100, so that some are inside V2
     if args.proposals == "whole":
         return lambda image, rng: np.array([[0, 0, *image.size]], float), "whole"
     if args.proposals == "truth":
@@ -359,8 +361,8 @@ def open_proposals(args, source, device):
 COLORS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodgerblue"]
 
 
-def annotated(picture, boxes, labels, side):
-    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], one color each, as much larger as `side` fits into 256."""
+def draw_boxes(picture, boxes, labels, side):
+    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], a color each, enlarged as if `side` were 256 pixels."""
     factor = max(1, 256 // side)
     picture = F.interpolate(picture[None], scale_factor=factor)[0]
     picture = draw_bounding_boxes(picture, boxes * factor, labels, [COLORS[k % 8] for k in range(len(boxes))], width=2)
@@ -368,19 +370,19 @@ def annotated(picture, boxes, labels, side):
 
 
 def save_views(path, model, batch):
-    """views.png: the views of a few images side by side, each in its size; a proposal has one color, and its level."""
+    """Write views.png: the views of a few images side by side. A proposal has one color in all, and shows its level."""
     columns, size = [], model.online.size
     for i, colors in enumerate(model.photometric, start=1):
         views, boxes = common.denormalize(colors(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
         labels = [None] * len(boxes)
         if model.online.detector == "fpn" and model.online.levels:
             labels = [[f"P{2 + level}" for level in row] for row in assign_levels(boxes, size)]
-        columns.append(torch.stack([annotated(*row, size) for row in zip(views, boxes, labels)]))
+        columns.append(torch.stack([draw_boxes(*row, size) for row in zip(views, boxes, labels)]))
     common.save_views(path, *columns)
 
 
 def save_figure_2(path, source, proposals):
-    """Ten proposals, drawn at random, of each of eight images, made square."""
+    """Write a picture of eight images, made square, with ten random proposals each."""
     rng, pictures = np.random.default_rng(0), []
     for i in rng.permutation(len(source))[:8]:
         with contextlib.suppress(common.Unreadable):
@@ -388,7 +390,7 @@ def save_figure_2(path, source, proposals):
             frame = np.array([0, 0, *image.size], float)
             boxes = rng.permutation(to_view(proposals(image, rng), frame, 256))[:10]
             picture = common.to_tensor(image.crop([frame], [256])[0]) / 255
-            pictures.append(annotated(picture, torch.from_numpy(boxes), None, 256)[None])
+            pictures.append(draw_boxes(picture, torch.from_numpy(boxes), None, 256)[None])
     if pictures:
         common.save_views(path, *pictures)
 
@@ -415,8 +417,11 @@ def arguments():
     add("--hidden", type=common.bounded(int, 1), help="width of the hidden layer of projector and predictor")
     add("--dim", type=common.bounded(int, 1), help="length of an embedding")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
-    args = parser.parse(lambda args: {**(WHOLE if args.proposals == "whole" else {}),
-                                      **(C4 if args.detector == "c4" else {})})
+
+    def variant(args):
+        return {**(WHOLE if args.proposals == "whole" else {}), **(C4 if args.detector == "c4" else {})}
+
+    args = parser.parse(variant)
     args.proposals = args.proposals or str(Path(args.out, "proposals.npz"))
     if args.detector == "c4" and args.views > 2:
         common.fail("--detector c4 has the views V1 and V2 alone: leave --views out")

@@ -54,7 +54,7 @@ def stops(signaled):
 
 
 def test_all_processes_stop_at_the_same_step_when_one_is_asked_to():
-    assert in_processes(3, stops, 1) == [4, 4, 4] and stops(0) == 3
+    assert in_processes(3, stops, 1) == [3, 3, 3] and stops(0) == 3
 
 
 @pytest.mark.parametrize("holding, later, end", [(False, 0, SystemExit), (True, 1, None), (True, 5, "at once")])

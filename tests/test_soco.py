@@ -421,15 +421,15 @@ def test_selective_search_finds_an_object_in_pixels_of_the_upright_image(size, o
     exif[0x0112] = orientation
     stored = image if orientation == 1 else image.transpose(Image.Transpose.ROTATE_90)
     stored.save(tmp_path / "1.jpg", exif=exif, quality=95)
-    boxes = soco.objects(common.ImageFolder(tmp_path), 0)
+    boxes = soco.find_objects(common.ImageFolder(tmp_path), 0)
     iou = torchvision.ops.box_iou(torch.tensor([[x1, y1, x2, y2]]).float(), torch.from_numpy(boxes))
     assert iou.max() > 0.95
-    assert np.array_equal(boxes, soco.objects(common.ImageFolder(tmp_path), 0))
+    assert np.array_equal(boxes, soco.find_objects(common.ImageFolder(tmp_path), 0))
 
 
 def test_an_undecodable_file_is_named_and_has_no_proposals(tmp_path, capsys):
     (tmp_path / "torn.jpg").write_bytes(b"no picture")
-    assert soco.objects(common.ImageFolder(tmp_path), 0).shape == (0, 4)
+    assert soco.find_objects(common.ImageFolder(tmp_path), 0).shape == (0, 4)
     assert "torn.jpg" in capsys.readouterr().err
 
 

@@ -135,13 +135,15 @@ class Classifier(nn.Module):
 def evaluate(model, source, labels, args, device):
     """{"top1": share of the images whose class scores highest, "top5": among the five highest}, each in [0, 1]."""
     model.eval()
-    mine = [(0, i) for i in range(common.rank(), len(source), common.world_size())]
-    batches = (mine[start:start + 256] for start in range(0, len(mine), 256))
+    own_share = range(common.rank(), len(source), common.world_size())
+    view = partial(labeled_view, size=args.size, labels=labels)
     counts = torch.zeros(3, dtype=torch.long, device=device)
-    for batch in common.Loader(source, partial(labeled_view, size=args.size, labels=labels), batches, args.workers,
-                               device):
+
+    def predict(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            scores = model.scores(batch["view"])
+            return model.scores(batch["view"])
+
+    for batch, scores in common.map_images(predict, source, view, own_share, 256, device, args.workers):
         own = (batch["at"] == batch["index"])[:, None]  # not what stands in for another
         hits = (scores.topk(min(5, scores.shape[1])).indices == batch["label"][:, None]) & own  # [N, 5]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), own.sum()])
@@ -201,18 +203,19 @@ def classify_images(args, backbone, device):
 
 @torch.no_grad()
 def pooled(backbone, source, stage, args, device):
-    """A stage's output, pooled to a few cells and L2-normalized, of every image: [N, D], in all processes; and which
-    image each row is of [N].
+    """A stage's output for every image, pooled to a few cells and L2-normalized: [N, D], in all processes; and which
+    image each row is of, [N].
     """
-    share = np.arange(common.rank(), len(source) + -len(source) % common.world_size(),
-                      common.world_size()) % len(source)
-    batches = ([(0, int(i)) for i in share[start:start + 256]] for start in range(0, len(share), 256))
     rows, at = None, torch.zeros(len(source), dtype=torch.long, device=device)
-    normalize = common.Photometric().to(device)
-    for batch in common.Loader(source, partial(labeled_view, size=args.size), batches, args.workers, device):
+    normalize, view = common.Photometric().to(device), partial(labeled_view, size=args.size)
+
+    def encode(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             c = backbone(normalize(batch["view"]), stage - 1)[-1]
-        x = F.normalize(F.adaptive_avg_pool2d(c.float(), POOL[stage]).flatten(1), dim=1)
+        return F.normalize(F.adaptive_avg_pool2d(c.float(), POOL[stage]).flatten(1), dim=1)
+
+    share = common.even_share(len(source))
+    for batch, x in common.map_images(encode, source, view, share, 256, device, args.workers):
         index = common.all_gather(batch["index"])
         rows = x.new_empty(len(source), x.shape[1]) if rows is None else rows
         rows[index], at[index] = common.all_gather(x), common.all_gather(batch["at"])

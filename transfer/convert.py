@@ -114,9 +114,7 @@ def initial(args, taken=("backbone",)):
         args.arch, args.init_checksum = args.arch or "resnet50", "random"
         return {}, {}
     tensors, weights = read(args.init, args.part)
-    if args.arch not in (None, weights.settings["arch"]):
-        common.fail(f"--init {args.init} is a {weights.settings['arch']}, not --arch {args.arch}: leave --arch out")
-    args.arch, args.init_checksum = weights.settings["arch"], weights.checksum
+    weights.choose_arch(args)
     if common.rank() == 0:
         print(weights.sentence([part for part in taken if part in common.parts(tensors)]))
     return tensors, weights.settings

@@ -140,11 +140,15 @@ def evaluate(detector, source, truth, args, device):
     """
     detector.eval()
     found, classes = {}, list(source.classes)
-    batches = ([(0, i)] for i in range(common.rank(), len(source), common.world_size()))
-    for batch in common.Loader(source, partial(coco.image_and_targets, source=source), batches, args.workers, device,
-                               collate=common.collate_lists):
+    own_share = range(common.rank(), len(source), common.world_size())
+    view = partial(coco.image_and_targets, source=source)
+
+    def predict(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            output, = detector([x.float() / 255 for x in batch["image"]])
+            return detector([x.float() / 255 for x in batch["image"]])
+
+    for batch, (output,) in common.map_images(predict, source, view, own_share, 1, device, args.workers,
+                                              common.collate_lists):
         image = int(batch["at"][0])  # one that stands in for an undecodable one counts once
         found[image] = coco.detections(output, image, classes)
     shares = [found]

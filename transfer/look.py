@@ -68,8 +68,7 @@ def open_images(args, single=False):
         return common.Shapes(args.shapes, args.size, args.seed, single).draw_all()
     if "truth" in (getattr(args, "proposals", None), *(getattr(args, "masks", None) or ())):
         common.fail("truth is for the drawn shapes: images of your own have none")
-    train = Path(args.data, "train")
-    return common.ImageFolder(train if args.data and train.is_dir() else args.data)
+    return common.open_folder(args.data)
 
 
 def pick(args, source):

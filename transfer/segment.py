@@ -203,11 +203,13 @@ def evaluate(model, source, args, device):
     model.eval()
     torch.backends.cudnn.benchmark = False  # images have many sizes
     counts, shown = torch.zeros(args.classes, args.classes, dtype=torch.long, device=device), []
-    mine = range(common.rank(), len(source), common.world_size())
-    batches = ([(0, i)] for i in mine)
-    for batch in common.Loader(source, partial(entire, source=source), batches, args.workers, device):
+    own_share, view = range(common.rank(), len(source), common.world_size()), partial(entire, source=source)
+
+    def predict(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            prediction = model(batch["image"]).argmax(dim=1)
+            return model(batch["image"]).argmax(dim=1)
+
+    for batch, prediction in common.map_images(predict, source, view, own_share, 1, device, args.workers):
         if batch["at"] == batch["index"]:  # not what stands in for an undecodable one
             counts += confusion(prediction, batch["label"], args.classes)
         if len(shown) < 8 and common.rank() == 0:
