@@ -128,7 +128,12 @@ stop = Stop()
 
 
 def ignore_signals(worker=None):
-    """In a child process: leave to the parent the signals that go to all processes; a loader worker, SIGTERM too."""
+    """In a child process: leave to the parent the signals that go to all processes; a loader worker, SIGTERM too.
+
+    A loader worker ends with its parent, even if that is killed: the next run may write the same files.
+    """
+    if worker is not None:
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
     for which in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(which, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if worker is None else signal.SIG_IGN)
@@ -1583,8 +1588,12 @@ class Run:
         if rank() > 0:
             return
         row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
-        with open(Path(self.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = Path(self.out, "log.jsonl")
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # raised by write or close, it names no path
+            raise OSError(error.errno, error.strerror, str(path)) from error
         print_line(self.console_line(values))
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, self.step)

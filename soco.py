@@ -56,7 +56,8 @@ def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
 
     proposals(image, rng): [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
     view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is the same
-    proposal in all of them, jittered, clipped and mirrored in each view on its own. It lies in V2, and in V4 if there is one.
+    proposal in all of them, jittered, clipped and mirrored in each view on its own. It lies in V2, and in V4
+    if there is one.
     """
     frame = np.array([0, 0, *image.size], float)  # of the whole image
     boxes = proposals(image, rng)
