@@ -9,9 +9,9 @@
     python transfer/classify.py --init resnet50.pth --data DIR --protocol finetune            end to end (MoCo A.6, A.7)
     torchrun --nproc_per_node=8 transfer/classify.py ...                                      the same, sooner
 
-objects asks what detection asks of features: of which class is the object in a box? Each box of COCO's annotations is
-pooled from every stage, and with SoCo's weights from its pyramid and its head. DIR has train/ and val/ with a folder
-for each class; svm takes VOC2007 as it is, too. objects, supervised, knn and svm print a table and write it to --out;
+The protocol objects asks what a detector asks: which class has the object in a box? Every box of COCO annotations is
+pooled from every stage, and with SoCo's weights from pyramid and head too. DIR has train/ and val/ with a folder for
+each class; svm also takes VOC2007 as it is. objects, supervised, knn and svm print a table and write it to --out;
 linear, finetune and supervised write last.pt and log.jsonl there, and the same command again goes on where it stopped.
 """
 import json
@@ -42,12 +42,10 @@ POOL = {2: 6, 3: 4, 4: 3, 5: 2}  # svm pools a stage to so many cells a side: ab
 COSTS = [2.0 ** k for k in range(-19, 8, 2)]   # an SVM's, to choose from
 
 
-# --- Labeled images -------------------------------------------------------------------------------------------------
+# --- Labeled images --------------------------------------------------------------------------------------------------
 
 class VOC2007(common.ImageFolder):
-    """The images of ImageSets/Main/{split}.txt. `.truth`: [N, 20] of 1 (shows the class), -1 (does not), 0 (hard to
-    say).
-    """
+    """The images of a split of PASCAL VOC. `.truth`: [N, 20], 1 if it shows the class, -1 if not, 0 if unclear."""
 
     def __init__(self, root, split):
         super().__init__(Path(root, "JPEGImages"))
@@ -64,9 +62,7 @@ class VOC2007(common.ImageFolder):
 
 
 def open_labeled(args):
-    """(images to learn from, images to evaluate on, the class of each image of both, or None for VOC, number of
-    classes).
-    """
+    """(training images, test images, (labels of both), number of classes). VOC has no labels, but `.truth`."""
     if Path(args.data, "ImageSets", "Main").is_dir():
         if args.protocol != "svm":
             common.fail(f"{args.data} is VOC's, whose images show several classes: take --protocol svm")
@@ -82,22 +78,24 @@ def open_labeled(args):
 
 
 def labeled_view(image, rng, size, labels=None, augment=False):
-    """A view [3, size, size] uint8, the middle of the image or with `augment` a random resized crop, mirrored half of
-    the time; its class; and `at`, which image it is (another's where one cannot be decoded).
+    """view: uint8 [3, size, size], the center, or with `augment` a random resized crop, mirrored half of the time.
+
+    label: its class. shown: which image it is of, since another one stands in for an image that cannot be decoded.
     """
     crop = common.random_crop(image.size, (0.08, 1.0), rng) if augment else common.center_crop(image.size)
     view, = image.crop([crop], [size])
     if augment and rng.random() < 0.5:
         view = ImageOps.mirror(view)
-    batch = {"view": common.to_tensor(view), "at": torch.tensor(image.index)}
+    batch = {"view": common.to_tensor(view), "shown": torch.tensor(image.index)}
     return batch if labels is None else {**batch, "label": labels[image.index]}
 
 
 # --- Linear probe and fine-tuning ------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """Backbone, global average pooling of one of its stages, a fully connected layer. frozen: the backbone's weights
-    and BN statistics stay as they are.
+    """A linear layer on one stage of the backbone, averaged over the image.
+
+    frozen: the backbone's weights and BN statistics stay as they are.
     """
 
     def __init__(self, backbone, stage, classes, frozen):
@@ -118,7 +116,7 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, batch):
-        """batch: view [N, 3, S, S] uint8, label [N] -> the cross-entropy and its stats."""
+        """(cross-entropy, stats). batch: view [N, 3, S, S] uint8, label [N]."""
         scores = self.scores(batch["view"])
         accuracy = (scores.detach().argmax(dim=1) == batch["label"]).float().mean()
         return F.cross_entropy(scores, batch["label"]), {"accuracy": accuracy}
@@ -133,7 +131,7 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, source, labels, args, device):
-    """{"top1": share of the images whose class scores highest, "top5": among the five highest}, each in [0, 1]."""
+    """{"top1": share of images whose class scores highest, "top5": whose class is among the five highest}."""
     model.eval()
     own_share = range(common.rank(), len(source), common.world_size())
     view = partial(labeled_view, size=args.size, labels=labels)
@@ -144,7 +142,7 @@ def evaluate(model, source, labels, args, device):
             return model.scores(batch["view"])
 
     for batch, scores in common.map_images(predict, source, view, own_share, 256, device, args.workers):
-        own = (batch["at"] == batch["index"])[:, None]  # not what stands in for another
+        own = (batch["shown"] == batch["index"])[:, None]  # leave out what stands in for another
         hits = (scores.topk(min(5, scores.shape[1])).indices == batch["label"][:, None]) & own  # [N, 5]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), own.sum()])
     if common.world_size() > 1:
@@ -155,7 +153,7 @@ def evaluate(model, source, labels, args, device):
 
 
 def train(args, source, model, views, device, collate=None, evaluate_epoch=None):
-    """The finished run of all that is trained here. evaluate_epoch() gives a row for the log after each epoch."""
+    """Train `model` and return the run. evaluate_epoch() gives a row for the log after each epoch."""
     model.to(device, memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -185,7 +183,7 @@ def train(args, source, model, views, device, collate=None, evaluate_epoch=None)
 
 
 def classify_images(args, backbone, device):
-    """linear and finetune, with a row of `evaluate` each epoch."""
+    """The protocols linear and finetune, evaluated after each epoch."""
     source, val, labels, classes = open_labeled(args)
     model = Classifier(backbone, args.stage, classes, args.protocol == "linear")
     views = partial(labeled_view, size=args.size, labels=labels[0], augment=True)
@@ -203,10 +201,11 @@ def classify_images(args, backbone, device):
 
 @torch.no_grad()
 def pooled(backbone, source, stage, args, device):
-    """A stage's output for every image, pooled to a few cells and L2-normalized: [N, D], in all processes; and which
-    image each row is of, [N].
+    """(features [N, D], which image each row shows [N]), in all processes.
+
+    Features are a stage's output, pooled to a few cells and L2-normalized.
     """
-    rows, at = None, torch.zeros(len(source), dtype=torch.long, device=device)
+    rows, shown = None, torch.zeros(len(source), dtype=torch.long, device=device)
     normalize, view = common.Photometric().to(device), partial(labeled_view, size=args.size)
 
     def encode(batch):
@@ -218,17 +217,19 @@ def pooled(backbone, source, stage, args, device):
     for batch, x in common.map_images(encode, source, view, share, 256, device, args.workers):
         index = common.all_gather(batch["index"])
         rows = x.new_empty(len(source), x.shape[1]) if rows is None else rows
-        rows[index], at[index] = common.all_gather(x), common.all_gather(batch["at"])
-    return rows, at
+        rows[index], shown[index] = common.all_gather(x), common.all_gather(batch["shown"])
+    return rows, shown
 
 
 @common.exact_products()
 def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
-    """Support vector machines, one a column of y: w that minimizes |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2.
+    """[D, K]: the weights w of support vector machines, one for each column of y.
 
-    x: [N, D]; y: [N, K] of 1, -1, or 0 for what a column leaves out; cost: C, a number or [K]; C_i = `positive` * C
-    where y_i is 1. Returns [D, K]. Newton's method on all columns at once, its equations solved by conjugate gradients:
-    the objective consists of parabolas. A column is done when its gradient has fallen to `tol` of that at w = 0.
+    Each minimizes |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2. x: [N, D]; y: [N, K] of 1, -1, or 0 for a row that the
+    column leaves out; cost: C, a number or [K]; C_i is `positive` * C if y_i is 1, else C.
+
+    Newton's method on all columns at once, its equations solved by conjugate gradients: the objective is made of
+    parabolas. A column is done when its gradient has fallen to `tol` of that at w = 0.
     """
     weight = cost * torch.where(y > 0, positive, 1.0) * (y != 0)                       # [N, K]
     w = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.clone()
@@ -260,28 +261,29 @@ def linear_svm(x, y, cost, start=None, positive=2.0, tol=1e-4):
 
 
 def average_precision(scores, truth):
-    """VOC's: the area below precision over recall, precision at a recall being the best at that or more. Both [M, K],
-    truth of 1, -1, or 0 for what does not count -> [K]; nan where a column has no 1.
+    """[K]: VOC's average precision of each column, the area below precision over recall; nan for a column without a 1.
+
+    Precision at a recall is the best at that recall or more. scores: [M, K]; truth: [M, K] of 1, -1, or 0 for a row
+    that does not count.
     """
     truth = truth.gather(0, scores.argsort(dim=0, descending=True))
-    hits, seen = (truth > 0).cumsum(dim=0), (truth != 0).cumsum(dim=0)
-    precision = (hits / seen.clamp(min=1)).flip(0).cummax(dim=0).values.flip(0)
+    hits, count = (truth > 0).cumsum(dim=0), (truth != 0).cumsum(dim=0)
+    precision = (hits / count.clamp(min=1)).flip(0).cummax(dim=0).values.flip(0)
     return (precision * (truth > 0)).sum(dim=0) / hits[-1]
 
 
 def svm(x, y, x_val, y_val, single):
-    """One-vs-rest SVMs of features x [N, D] for y [N, K], evaluated on the others: {"mAP", "accuracy" where `single`,
-    "cost"}.
+    """{"mAP", "accuracy" if `single`, "cost"} of one-vs-rest SVMs, learned from x [N, D] and y [N, K].
 
-    The cost is chosen by 3-fold cross-validation: of each class by its AP, or where an image has a `single` class, of
-    all by accuracy.
+    Three-fold cross-validation chooses the cost: for each class by its AP, or, if every image has a `single` class, for
+    all classes by accuracy.
     """
     x, x_val = (F.pad(rows, (0, 1), value=1.0) for rows in (x, x_val))                 # the last column is the bias's
     y, y_val = y.to(x.dtype), y_val.to(x.dtype)
     fold = torch.arange(len(y), device=x.device) % 3  # a class's images follow each other
     held = F.one_hot(fold, 3)[:, None]                                                 # [N, 1, 3]
     y_fit, y_held = ((y[:, :, None] * part).flatten(1) for part in (1 - held, held))   # [N, K * 3]
-    w, quality = None, []
+    w, quality, progress = None, [], common.Progress("SVMs", len(COSTS))
     for cost in COSTS:
         w = linear_svm(x, y_fit, cost, w)
         scores = x @ w
@@ -290,6 +292,7 @@ def svm(x, y, x_val, y_val, single):
             quality.append((own.argmax(dim=1) == y.argmax(dim=1)).float().mean().expand(y.shape[1]))
         else:
             quality.append(average_precision(scores, y_held).view(-1, 3).nanmean(dim=1))
+        progress(len(quality))
     cost = torch.tensor(COSTS, device=x.device)[torch.stack(quality).nan_to_num().argmax(dim=0)]   # [K]
     scores = x_val @ linear_svm(x, y, cost)
     figures = {"mAP": average_precision(scores, y_val).nanmean().item()}
@@ -301,7 +304,7 @@ def svm(x, y, x_val, y_val, single):
 # --- Objects ---------------------------------------------------------------------------------------------------------
 
 def open_objects(args):
-    """(images to learn from, images to evaluate on, number of classes): annotated ones, or drawn shapes."""
+    """(training images, test images, number of classes): annotated images, or drawn shapes."""
     if not args.train:
         shapes = lambda part, k: common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all()
         return shapes("train", 1), shapes("val", 2), len(common.SHAPE_CLASSES)
@@ -312,7 +315,7 @@ def open_objects(args):
 
 
 class Network(nn.Module):
-    """What --init names: the backbone, and of SoCo with FPN, or drawn at random, pyramid and box head."""
+    """The network that --init names: a backbone, and of SoCo with FPN, or if random, also pyramid and box head."""
 
     def __init__(self, args):
         super().__init__()
@@ -326,8 +329,9 @@ class Network(nn.Module):
         self.normalize = common.Photometric()
 
     def forward(self, views, boxes):
-        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: what each part sees of n boxes in all. views: [N, 3, S, S]
-        uint8; boxes: [k, 4] of each, in its pixels.
+        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: the features that each part has of all n boxes.
+
+        views: [N, 3, S, S] uint8; boxes: [k, 4] of each, in its pixels.
         """
         stages = self.backbone(self.normalize(views))
         rows = common.pool_stages(stages, boxes)
@@ -351,22 +355,22 @@ class Supervised(nn.Module):
         self.photometric = common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2)
 
     def forward(self, batch):
-        """batch: as `common.object_view` makes them -> the mean cross-entropy of the stages, and their accuracies."""
+        """(mean cross-entropy of the stages, their accuracies). batch: lists of what `common.object_view` gives."""
         stages, label = self.backbone(self.photometric(torch.stack(batch["view"]))), torch.cat(batch["classes"])
         scores = [fc(x) for fc, x in zip(self.fc, common.pool_stages(stages, batch["boxes"]).values())]
         hits = [(x.detach().argmax(dim=1) == label).float().mean() for x in scores]
         return sum(F.cross_entropy(x, label) for x in scores) / 4, {f"c{i}": x for i, x in enumerate(hits, start=2)}
 
 
-def some(source, boxes, rng):
-    """Images of `source`, drawn at random, that have `boxes` boxes, or all."""
+def draw_images(source, boxes, rng):
+    """Random images of `source` that have `boxes` boxes together, or all of them."""
     order = rng.permutation(len(source))
     counts = np.cumsum([len(source.objects(i)[1]) for i in order])
     return order[:np.searchsorted(counts, boxes) + 1]
 
 
 def objects(args, device):
-    """objects, and supervised, which trains first."""
+    """The protocols objects, and supervised, which trains first."""
     source, val, classes = open_objects(args)
     network = Network(args)
     if args.protocol == "supervised":
@@ -379,8 +383,8 @@ def objects(args, device):
     network.to(device, memory_format=torch.channels_last).eval()
     rng, parts = np.random.default_rng(args.seed), {}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-        features = lambda images: common.box_features(network, images, some(images, args.boxes, rng), args.size, device,
-                                                      args.workers)
+        features = lambda images: common.box_features(network, images, draw_images(images, args.boxes, rng), args.size,
+                                                      device, args.workers)
         (x, y), (x_val, y_val) = features(source), features(val)
     y, y_val = F.one_hot(y, classes), F.one_hot(y_val, classes)
     for name in x:
@@ -394,7 +398,7 @@ def objects(args, device):
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 def table(args, title, parts):
-    """{part of the network: {name: figure}} as lines, a column a part; and as a file in --out."""
+    """Print {part of the network: {name: figure}} with a column for each part, and write it to --out."""
     if common.rank() > 0:
         return
     print(title)
@@ -459,9 +463,10 @@ def main():
                 accuracy = common.knn(backbone, source, val, args.size, device, args.workers, stage=stage)
             stages[f"c{stage}"] = {"kNN": accuracy}
             continue
-        (x, at), (x_val, at_val) = (pooled(backbone, images, stage, args, device) for images in (source, val))
         truth = (source.truth, val.truth) if labels is None else [2 * F.one_hot(label, classes) - 1 for label in labels]
-        y, y_val = truth[0].to(device)[at], truth[1].to(device)[at_val]
+        x, shown = pooled(backbone, source, stage, args, device)
+        x_val, shown_val = pooled(backbone, val, stage, args, device)
+        y, y_val = truth[0].to(device)[shown], truth[1].to(device)[shown_val]
         stages[f"c{stage}"] = svm(x, y, x_val, y_val, single=labels is not None)
     table(args, title, stages)
     common.finish()

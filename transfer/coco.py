@@ -15,12 +15,12 @@ from transfer.coco_masks import decode
 # --- Annotated images ------------------------------------------------------------------------------------------------
 
 class CocoFolder(common.ImageFolder):
-    """The images of a COCO annotation file. With `training` those that show something to learn, crowds aside.
+    """The images of a COCO annotation file; with `training` only those that show an object to learn, crowds aside.
 
-    needs: what each object must have beside its box, "segmentation" or "keypoints" (an object without is not learned).
-    `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. What the file says
-    of an image is kept as text in one buffer, which does not grow with each worker. Exits with 2 on a file that is
-    none.
+    needs: what an object must have beside its box, "segmentation" or "keypoints"; objects without keypoints are not
+    learned. `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. Exits with
+    2 if the file holds no COCO annotations. They are kept as text in one buffer: Python objects would grow with each
+    loader worker.
     """
 
     def __init__(self, folder, path, training, needs=None):
@@ -39,8 +39,8 @@ class CocoFolder(common.ImageFolder):
                 if needs == "segmentation" and not annotation.get(needs):
                     common.fail(f"{path}: an object of image {annotation['image_id']} has no segmentation")
                 x, y, w, h = map(float, annotation["bbox"])
-                seen = needs != "keypoints" or any((annotation.get(needs) or [])[2::3])
-                if not annotation.get("iscrowd") and w > 0 and h > 0 and seen:
+                visible = needs != "keypoints" or any((annotation.get(needs) or [])[2::3])
+                if not annotation.get("iscrowd") and w > 0 and h > 0 and visible:
                     objects[annotation["image_id"]].append({"category_id": annotation["category_id"],
                                                             "bbox": [x, y, w, h],
                                                       **({needs: annotation[needs]} if needs else {})})
@@ -57,7 +57,7 @@ class CocoFolder(common.ImageFolder):
         self.annotations, self.annotation_ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
 
     def annotation(self, i):
-        """[width, height, objects] of image i, as the file has them."""
+        """[width, height, objects] of image i, as in the file."""
         return json.loads(self.annotations[self.annotation_ends[i]:self.annotation_ends[i + 1]])
 
     def image(self, i):
@@ -68,7 +68,7 @@ class CocoFolder(common.ImageFolder):
         return image
 
     def objects(self, i):
-        """Boxes [n, 4] xyxy in pixels of image i, and their classes [n], counted in the order of `classes`."""
+        """(boxes [n, 4] xyxy in pixels of image i, classes [n], as places in `.classes`)."""
         objects, order = self.annotation(i)[2], list(self.classes)
         boxes = np.array([annotation["bbox"] for annotation in objects], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]                                                      # x, y, w, h -> x1, y1, x2, y2
@@ -80,29 +80,31 @@ class CocoFolder(common.ImageFolder):
 
 
 def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=False):
-    """A picture [3, H, W] uint8 and torchvision's targets: boxes [n, 4] xyxy in its pixels; labels [n], from 1 as 0 is
-    the ground; with `masks` [n, H, W], with `keypoints` [n, K, 3] (x, y, visible). `flip`: mirrored half of the time.
+    """An image and torchvision's targets, mirrored half of the time if `flip`.
+
+    image: uint8 [3, H, W]; boxes: [n, 4] xyxy in its pixels; labels: [n], from 1, since 0 is the background; if asked
+    for, masks: [n, H, W], and keypoints: [n, K, 3] (x, y, visible). shown: which image it is.
     """
     (boxes, classes), objects = source.objects(image.index), source.annotation(image.index)[2]
     boxes = boxes.clip(0, np.tile(np.float32(image.size), 2))
-    seen = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-    batch = {"image": common.to_tensor(image.decode()), "at": torch.tensor(image.index),
-             "boxes": torch.from_numpy(boxes[seen]), "labels": torch.from_numpy(1 + classes[seen])}
+    kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    batch = {"image": common.to_tensor(image.decode()), "shown": torch.tensor(image.index),
+             "boxes": torch.from_numpy(boxes[kept]), "labels": torch.from_numpy(1 + classes[kept])}
     try:
         if masks:
-            drawn = [decode(objects[i]["segmentation"], image.size) for i in seen]
+            drawn = [decode(objects[i]["segmentation"], image.size) for i in kept]
             batch["masks"] = torch.from_numpy(np.array(drawn, np.uint8).reshape(-1, *image.size[::-1]))
         if keypoints:
-            points = [objects[i]["keypoints"] for i in seen]
+            points = [objects[i]["keypoints"] for i in kept]
             batch["keypoints"] = torch.tensor(points, dtype=torch.float32).view(-1, len(source.keypoints), 3)
-            batch["keypoints"][..., :2] += 0.5  # COCO's are numbers of pixels, ours are places: the middles of those
+            batch["keypoints"][..., :2] += 0.5  # COCO counts pixels, ours are places: the middles of those pixels
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise common.Unreadable(f"its annotations cannot be drawn: {error}") from error
     return mirrored(batch, source.keypoints) if flip and rng.random() < 0.5 else batch
 
 
 def mirrored(batch, names):
-    """An example mirrored; keypoints called left_... and right_... change places."""
+    """`image_and_targets` mirrored; keypoints named left_... and right_... change places."""
     width = batch["image"].shape[-1]
     batch |= {name: batch[name].flip(-1) for name in ("image", "masks") if name in batch}
     x1, y1, x2, y2 = batch["boxes"].unbind(dim=1)
@@ -118,7 +120,7 @@ def mirrored(batch, names):
 # --- Average precision -----------------------------------------------------------------------------------------------
 
 def ground_truth(path, source):
-    """The annotations at `path` for pycocotools, with what annotators leave out, and images numbered as in `source`."""
+    """pycocotools' COCO of the annotations at `path`, gaps filled in, with images numbered as in `source`."""
     from pycocotools.coco import COCO
     dataset, number = json.loads(Path(path).read_text()), {image: i for i, image in enumerate(source.ids)}
     images, annotations = [], []
@@ -143,7 +145,7 @@ def ground_truth(path, source):
 
 
 def detections(output, image, classes):
-    """torchvision's detections in one image as rows of COCO's result format: pixels of the image, boxes x, y, w, h."""
+    """Rows of COCO's result format from torchvision's detections in one image: in its pixels, boxes x, y, w, h."""
     from pycocotools import mask as rle
     output = {name: x.float().cpu().numpy() for name, x in output.items()}
     output["boxes"][:, 2:] -= output["boxes"][:, :2]
@@ -158,8 +160,10 @@ def detections(output, image, classes):
 
 
 def average_precision(truth, rows, kinds):
-    """pycocotools' evaluation of `rows`, in COCO's result format, against `ground_truth`: {"AP": in per cent, "AP50",
-    "AP75", "mask_AP", ...}. kinds: bbox, segm, keypoints."""
+    """{"AP": in percent, "AP50", "AP75", "mask_AP", ...} of `rows`, in COCO's result format, by pycocotools.
+
+    truth: of `ground_truth`; kinds: bbox, segm, keypoints.
+    """
     from pycocotools.cocoeval import COCOeval
     figures = {}
     for kind in kinds:

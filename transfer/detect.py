@@ -43,9 +43,11 @@ LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fc
 # --- Detectors -------------------------------------------------------------------------------------------------------
 
 def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), rois=512):
-    """torchvision's detector with trained norms, over all processes, in backbone, FPN and box head. size: range of the
-    shorter side in training, in pixels; tests are at the larger, and a box's pyramid level is that of its size at 800.
-    rois: those of an image that train the box head. A backbone narrower than ResNet's has a detector as much narrower.
+    """torchvision's detector, with norms in backbone, FPN and box head that are trained, over all processes.
+
+    size: range of the image's shorter side in training, in pixels; tests are at the larger, and the pyramid level of a
+    box is that of its size at 800. rois: the number of an image that train the box head. A backbone narrower than
+    ResNet's has a detector narrower by the same factor.
     """
     norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
@@ -87,7 +89,7 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
 
 
 def fill(detector, tensors, model, head="4conv1fc"):
-    """Put the tensors of `convert.initial` where they belong -> what a checkpoint filled, and what is new, in words."""
+    """Put the tensors of `convert.initial` in their places; returns in words what was filled and what is new."""
     named = {convert.torchvision_name(name, LOWEST[model]): x for name, x in tensors.items()}
     named = {name: x for name, x in named.items() if name and (head == "4conv1fc" or "box_head" not in name)}
     try:
@@ -100,20 +102,20 @@ def fill(detector, tensors, model, head="4conv1fc"):
 
 
 def to_float32(x):
-    """Whatever a module gives, in float32."""
+    """A module's output, tensors in dicts, lists or tuples, in float32."""
     if isinstance(x, torch.Tensor):
         return x.float()
     return {name: to_float32(y) for name, y in x.items()} if isinstance(x, dict) else type(x)(map(to_float32, x))
 
 
 class DetectorWithLosses(nn.Module):
-    """The detector as the loop calls it. freeze: the backbone's weights and statistics stay as they are."""
+    """A detector whose forward gives (loss, losses). freeze: the backbone's weights and statistics stay as they are."""
 
     def __init__(self, detector, freeze=False):
         super().__init__()
         self.detector, self.freeze = detector, freeze
         detector.backbone.body.requires_grad_(not freeze)
-        # anchors and boxes take their type: bf16 knows every 4th pixel above 512
+        # Outputs in float32, since anchors and boxes take their type: bf16 knows every 4th pixel above 512.
         for name, module in detector.named_modules():
             if name in ("backbone", "rpn.head", "roi_heads.box_predictor", "head"):
                 module.register_forward_hook(lambda module, x, output: to_float32(output))
@@ -125,7 +127,7 @@ class DetectorWithLosses(nn.Module):
         return self
 
     def forward(self, batch):
-        """batch: lists of what `coco.image_and_targets` gives -> the sum of torchvision's losses, and each."""
+        """(sum of torchvision's losses, each of them). batch: lists of what `coco.image_and_targets` gives."""
         names = [name for name in ("boxes", "labels", "masks", "keypoints") if name in batch]
         targets = [dict(zip(names, row)) for row in zip(*(batch[name] for name in names))]
         losses = self.detector([x.float() / 255 for x in batch["image"]], targets)
@@ -134,9 +136,10 @@ class DetectorWithLosses(nn.Module):
 
 @torch.no_grad()
 def evaluate(detector, source, truth, args, device):
-    """COCO's AP, AP50 and AP75 in per cent, of boxes and of masks or keypoints: {"AP": 37.9, ..., "mask_AP": ...}, in
-    process 0, where `truth` is `coco.ground_truth`; {} in the others, which look at their share of the images. Leaves
-    the detector in eval mode.
+    """{"AP": 37.9, "AP50", "AP75"} in percent, and "mask_AP", ... or "keypoint_AP", ... of detectors that have them.
+
+    Process 0, where `truth` is `coco.ground_truth`, returns them, the others {}; all share the images. Leaves the
+    detector in eval mode.
     """
     detector.eval()
     found, classes = {}, list(source.classes)
@@ -149,7 +152,7 @@ def evaluate(detector, source, truth, args, device):
 
     for batch, (output,) in common.map_images(predict, source, view, own_share, 1, device, args.workers,
                                               common.collate_lists):
-        image = int(batch["at"][0])  # one that stands in for an undecodable one counts once
+        image = int(batch["shown"][0])  # one that stands in for an undecodable one counts once
         found[image] = coco.detections(output, image, classes)
     shares = [found]
     if common.world_size() > 1:

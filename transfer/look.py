@@ -42,9 +42,7 @@ COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k
 # --- Networks and images ---------------------------------------------------------------------------------------------
 
 def networks(args, device):
-    """{name: backbone} of every --init. Fills in --size: that of the largest views in training, 224 where none is
-    known, or twice that.
-    """
+    """{name: backbone} of every --init. Fills in --size: of the largest views in training, or 224, or twice that."""
     found, sizes = {}, []
     for init in args.init:
         torch.manual_seed(args.seed)
@@ -59,7 +57,7 @@ def networks(args, device):
 
 
 def stage(network, views, number):
-    """c2, c3, c4 or c5 of uint8 views [N, 3, S, S] as they are: [N, C, S/stride, S/stride]."""
+    """c2, c3, c4 or c5 of uint8 views [N, 3, S, S], not augmented: [N, C, S/stride, S/stride]."""
     return network(common.Photometric().to(views.device)(views), number - 1)[-1]
 
 
@@ -72,12 +70,12 @@ def open_images(args, single=False):
 
 
 def pick(args, source):
-    """--images of them, drawn at random: [n]."""
+    """Indices of --images random images, [n]."""
     return np.random.default_rng((5, args.seed)).permutation(len(source))[:args.images]
 
 
 def load(args, source, view, images, device, draws=1):
-    """One batch: `view` of the images, then with draws of its own once more, and so on."""
+    """One batch: `view` of all images, `draws` times, each time with other random draws."""
     items = [(draw, int(i)) for draw in range(draws) for i in images]
     return next(iter(common.Loader(source, view, [items], 0, device, args.seed)))
 
@@ -87,7 +85,7 @@ def workers(args, device):
 
 
 def square(image, rng, size, middle=False):
-    """The whole image made square, as SoCo's V1, or its middle, which kNN takes."""
+    """The whole image made square, as SoCo's V1, or its center crop, as for kNN."""
     crop = common.center_crop(image.size) if middle else (0, 0, *image.size)
     return {"view": common.to_tensor(image.crop([crop], [size])[0])}
 
@@ -106,8 +104,9 @@ def open_proposals(args, source, device):
 # --- Attention (DetCo, Sec. 6.3.1) -----------------------------------------------------------------------------------
 
 def attention_maps(c, stride, size):
-    """The mean over channels, 0 to 1 in each image, bilinearly made as large as the view: [N, C, h, w] -> [N, size,
-    size]. A cell covers stride x stride pixels, as in RoIAlign; the last may reach beyond the view.
+    """[N, size, size] in [0, 1]: the mean of c [N, C, h, w] over channels, bilinearly enlarged to the view.
+
+    A cell covers stride x stride pixels, as in RoIAlign; the last one may reach beyond the view.
     """
     mean = c.float().mean(dim=1, keepdim=True)
     mean = mean - mean.amin(dim=(2, 3), keepdim=True)
@@ -116,7 +115,7 @@ def attention_maps(c, stride, size):
 
 
 def heated(image, heat):
-    """A picture under a map [S, S] in [0, 1]."""
+    """A picture with a heat map [S, S] in [0, 1] over it."""
     heat = np.asarray(Image.fromarray(heat.cpu().numpy()).resize(image.size, Image.Resampling.BILINEAR))
     inks = np.array([ImageColor.getrgb(ink) for ink in HEAT])
     heat = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in inks.T], axis=2)
@@ -134,7 +133,7 @@ def attention(args, device):
     return table(columns)
 
 
-# --- Nearest neighbors (DetCo, Sec. 6.3.2) --------------------------------------------------------------------------
+# --- Nearest neighbors (DetCo, Sec. 6.3.2) ---------------------------------------------------------------------------
 
 def nearest(rows, queries, k):
     """The k rows of [N, C], L2-normalized, most similar to each of those in `queries`, itself left out: [Q, k]."""
@@ -173,30 +172,29 @@ def neighbors(args, device):
 # --- Correspondence (DUPR, Sec. 4.6.2) -------------------------------------------------------------------------------
 
 def matches(q, k):
-    """For each patch of one view the most similar of the other: features [N, C, h, w] each -> numbers [N, h*w], row by
-    row.
+    """[N, h*w]: for each patch of one view, row by row, the number of the most similar patch of the other.
+
+    q, k: features [N, C, h, w].
     """
     q, k = (F.normalize(x.float().flatten(2), dim=1) for x in (q, k))
     return torch.einsum("ncp,ncr->npr", q, k).argmax(dim=2)
 
 
 def counterparts(points, box_q, box_k, turned):
-    """Where spots of one view lie in the other, and which of them both show.
+    """(places in view k [N, P, 2], whether both views show them, bool [N, P]) of `points` [P, 2] of view q.
 
-    points [P, 2] in pixels of view q; box_q and box_k [N, 1, 4], what both show, in pixels of each; turned [N]: one
-    alone is mirrored -> [N, P, 2] in pixels of view k, and bool [N, P].
+    Places are in pixels. box_q, box_k: [N, 1, 4], what both show, in pixels of each; turned: [N], whether only one of
+    the views is mirrored.
     """
     share = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])  # 0 to 1 across the intersection
-    seen = ((share >= 0) & (share <= 1)).all(dim=2)
+    visible = ((share >= 0) & (share <= 1)).all(dim=2)
     mirrored = torch.stack([1 - share[..., 0], share[..., 1]], dim=2)
     share = torch.where(turned[:, None, None], mirrored, share)
-    return box_k[..., :2] + share * (box_k[..., 2:] - box_k[..., :2]), seen
+    return box_k[..., :2] + share * (box_k[..., 2:] - box_k[..., :2]), visible
 
 
 def linked(left, right, starts, ends, found):
-    """Two views, with lines from `starts` in the one to `ends` in the other, [n, 2] in pixels of each; green where
-    `found`.
-    """
+    """Two views with lines from `starts` in the left to `ends` in the right one, [n, 2] in pixels; green if `found`."""
     sheet = lay([left, right])
     pen, offset = ImageDraw.Draw(sheet), torch.tensor([sheet.width - right.width, 0])
     for good, *line in sorted(zip(found.tolist(), starts.tolist(), (ends + offset).tolist())):
@@ -213,8 +211,8 @@ def patches(args, device):
     images = pick(args, source)
     batch = load(args, source, partial(dupr.two_views, size=args.size, min_area=args.min_area), images, device, draws=8)
     areas = [(batch[box][:, 0, 2:] - batch[box][:, 0, :2]).prod(dim=1) / args.size ** 2 for box in ("box_q", "box_k")]
-    shared = (torch.minimum(*areas) * batch["overlap"]).view(8, -1)
-    draw = shared.clamp(max=0.25).argmax(dim=0)  # the first that shares a quarter
+    overlap = (torch.minimum(*areas) * batch["overlap"]).view(8, -1)
+    draw = overlap.clamp(max=0.25).argmax(dim=0)  # the first that shares a quarter
     batch = {name: x[draw * len(images) + torch.arange(len(images), device=device)] for name, x in batch.items()}
     common.seed_everything(args.seed)
     views = [(common.denormalize(dupr.color_augmentation().to(device)(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
@@ -224,31 +222,32 @@ def patches(args, device):
         grid = torch.arange(c_q.shape[-1], device=device)
         points = (torch.cartesian_prod(grid, grid).flip(1) + 0.5) * stride                # centers, x and y: [P, 2]
         places = points[matches(c_q, c_k)]                                                # [N, P, 2]
-        truth, seen = counterparts(points, batch["box_q"], batch["box_k"], batch["flip_q"] ^ batch["flip_k"])
-        seen &= batch["overlap"][:, None]
-        found = ((places - truth).abs().amax(dim=2) <= stride) & seen                     # at most one patch off
-        every = -(-len(grid) // 8)  # as many lines as can be told apart
+        truth, shared = counterparts(points, batch["box_q"], batch["box_k"], batch["flip_q"] ^ batch["flip_k"])
+        shared &= batch["overlap"][:, None]
+        found = ((places - truth).abs().amax(dim=2) <= stride) & shared                   # at most one patch off
+        every = -(-len(grid) // 8)                                                        # so many can be told apart
         some = grid % every == every // 2
-        drawn = seen & (some[:, None] & some).flatten()
-        columns[f"{name}, c{args.stage}: {found.sum() / seen.sum().clamp(min=1):.0%} of shared patches found"] = [
-            linked(*map(picture, pair), *((x[d] * scale).cpu() for x in (points, place)), good[d])
-            for *pair, place, d, good in zip(*views, places, drawn, found)]
+        drawn = shared & (some[:, None] & some).flatten()
+        column = []
+        for left, right, place, lines, good in zip(*views, places, drawn, found):
+            starts, ends = (points[lines] * scale).cpu(), (place[lines] * scale).cpu()
+            column.append(linked(picture(left), picture(right), starts, ends, good[lines]))
+        share = found.sum() / shared.sum().clamp(min=1)
+        columns[f"{name}, c{args.stage}: {share:.0%} of shared patches found"] = column
     return table(columns)
 
 
 # --- IoU and similarity (DUPR, Sec. 4.6.1) ---------------------------------------------------------------------------
 
 def rois_near(box, size, n, rng):
-    """n boxes in a view of `size`, their IoU with `box` spread over 0 to 1 as evenly as its place allows -> boxes [n,
-    4], IoUs [n], rising.
-    """
+    """(boxes [n, 4] in a view of `size`, their IoU with `box` [n]): IoUs rise from 0 to 1 as evenly as they can."""
     reach = rng.uniform(0, 1, (4000, 1))
     center, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     center = center + reach * rng.normal(0, 0.7, (4000, 2)) * side
     side = side * np.exp(reach * rng.normal(0, 0.5, (4000, 2)))
     boxes = np.concatenate([center - side / 2, center + side / 2], axis=1).clip(0, size)
-    # 8 pixels of 224
-    boxes = np.concatenate([boxes[(boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= size / 28], box[None]])
+    large = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= size / 28  # 8 pixels of 224
+    boxes = np.concatenate([boxes[large], box[None]])
     iou = box_iou(torch.from_numpy(box[None]), torch.from_numpy(boxes))[0].numpy()
     closest = abs(iou - np.linspace(0, 1, n)[:, None]).argmin(axis=1)
     return boxes[closest], iou[closest]
@@ -265,9 +264,9 @@ def object_and_rois(image, rng, proposals, size, n=20):
 
 
 def similarity(c, boxes, stride):
-    """Eq. 9: features [N, C, h, w], boxes [N, 1 + n, 4], the object first -> [N, n]; S is 14, as the paper's for c4."""
-    # [N, 1 + n, C, S, S]
-    pooled = F.normalize(common.roi_align(c, boxes, 14, stride), dim=1).unflatten(0, boxes.shape[:2])
+    """Eq. 9 [N, n]: of features [N, C, h, w] in boxes [N, 1 + n, 4], the object first. S is 14, the paper's for c4."""
+    pooled = F.normalize(common.roi_align(c, boxes, 14, stride), dim=1)
+    pooled = pooled.unflatten(0, boxes.shape[:2])                                         # [N, 1 + n, C, S, S]
     return (pooled[:, :1] * pooled[:, 1:]).sum(dim=2).mean(dim=(2, 3))
 
 
@@ -275,8 +274,8 @@ def iou(args, device):
     nets = networks(args, device)
     source = open_images(args)
     view = partial(object_and_rois, proposals=open_proposals(args, source, device), size=args.size)
-    items, rows, first = [(0, int(i)) for i in pick(args, source)], [], None
-    batches = [items[k:k + 16] for k in range(0, len(items), 16)]
+    images, rows, first = pick(args, source), [], None
+    batches = common.in_batches(images, 16)
     for batch in common.Loader(source, view, batches, workers(args, device), device, args.seed):
         cs = [stage(network, batch["view"], args.stage) for network in nets.values()]
         sims = [similarity(c, batch["boxes"], 2 ** args.stage) for c in cs]
@@ -289,16 +288,14 @@ def iou(args, device):
     examples = [titled(boxed(picture(first["view"][0]), first["boxes"][0, [k + 1, 0]] * (SIDE / args.size),
                              ["#60b0ff", "red"]),
                        f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}") for k in (6, 11, 16)]
-    title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(items)} images"
+    title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(images)} images"
     return lay([chart(title, lines, "IoU"), *examples])
 
 
 # --- Proposals and views (SoCo, Figures 2, 3) ------------------------------------------------------------------------
 
 def proposed(image, rng, proposals, sizes, num_proposals):
-    """The image made square with ten of its proposals, [10, 4] in its pixels, all 0 where there are fewer; and SoCo's
-    views.
-    """
+    """The image made square; ten of its proposals [10, 4] in its pixels, filled up with zeros; and SoCo's views."""
     boxes = np.asarray(proposals(image, rng), float)
     some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), sizes[0]).clip(0, sizes[0])
     ten = torch.from_numpy(np.pad(some, ((0, 10 - len(some)), (0, 0))))
@@ -334,7 +331,7 @@ def proposals(args, device):
 # --- Masks (DetCon, Figure 3) ----------------------------------------------------------------------------------------
 
 def open_masks(kind, args, source):
-    """masks(image), as detcon.py's, of gridN, fh, truth or a folder; no file is made."""
+    """masks(image) as in detcon.py, of gridN, fh, truth or a folder; makes no files."""
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
         return lambda image: detcon.felzenszwalb(image, detcon.PAPER["fh_scale"])
@@ -345,8 +342,8 @@ def open_masks(kind, args, source):
 
 def masks(args, device):
     source = open_images(args)
-    made = {kind: open_masks(kind, args, source) for kind in args.masks
-            or ["grid5", "fh"] + ["truth"] * (args.data is None)}
+    kinds = args.masks or ["grid5", "fh"] + ["truth"] * (args.data is None)
+    made = {kind: open_masks(kind, args, source) for kind in kinds}
 
     def view(image, rng):
         batch = square(image, rng, SIDE)

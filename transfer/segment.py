@@ -46,20 +46,20 @@ class BadLabel(Exception):
 
 
 def layout(root):
-    """What --data is: (its name, number of classes or None)."""
+    """(the layout of --data: voc, cityscapes or plain; its number of classes or None)."""
     if Path(root, "SegmentationClass").is_dir():
         return "voc", 21
     return ("cityscapes", 19) if Path(root, "leftImg8bit").is_dir() else ("plain", None)
 
 
 class LabelMapFolder(common.ImageFolder):
-    """The images of a split, train or val, and where their label maps lie. Exits with 2 where one has none."""
+    """The images of a split, train or val, and their label maps. Exits with 2 if an image has none."""
 
     def __init__(self, root, split, classes):
         self.layout, self.classes = layout(root)[0], classes
         if self.layout == "voc":
-            lists = [Path(root, "ImageSets", "Segmentation", f"{name}.txt") for name in ("train_aug", split)]
-            chosen = lists[0] if split == "train" and lists[0].exists() else lists[1]
+            plain, more = (Path(root, "ImageSets", "Segmentation", f"{name}.txt") for name in (split, "train_aug"))
+            chosen = more if split == "train" and more.exists() else plain
             augmented = Path(root, "SegmentationClassAug")       # where the labels of train_aug usually lie
             super().__init__(Path(root, "JPEGImages"))
             try:
@@ -67,7 +67,7 @@ class LabelMapFolder(common.ImageFolder):
             except OSError as error:
                 common.fail(f"{chosen}: {error.strerror}")
             self.only(names, chosen)
-            self.maps = augmented if chosen == lists[0] and augmented.is_dir() else Path(root, "SegmentationClass")
+            self.maps = augmented if chosen == more and augmented.is_dir() else Path(root, "SegmentationClass")
         elif self.layout == "cityscapes":
             super().__init__(Path(root, "leftImg8bit", split))
             self.maps = Path(root, "gtFine", split)
@@ -113,34 +113,37 @@ class LabelMapFolder(common.ImageFolder):
 
 
 def random_crop(image, rng, size, source):
-    """Training's view (A.5): scaled by 0.5 to 2, cut to size x size at random, mirrored half of the time: image uint8
-    [3, size, size], label uint8 [size, size]; what lies beyond the image is gray and ignored."""
+    """A training view (A.5): scaled by 0.5 to 2, a random size x size crop of that, mirrored half of the time.
+
+    image: uint8 [3, size, size]; label: uint8 [size, size]. What lies beyond the image is gray and ignored.
+    """
     label = Image.fromarray(source.label(image))
     scale = rng.uniform(0.5, 2.0)
-    sides = [max(1, round(side * scale)) for side in image.size]              # of the scaled image
-    seen = [min(side, size) for side in sides]
-    corner = [int(rng.integers(side - part + 1)) for side, part in zip(sides, seen)]
-    ratio = [full / side for full, side in zip(image.size, sides)]
-    box = [c * r for c, r in zip(corner, ratio)] + [
-        min((c + s) * r, full) for c, s, r, full in zip(corner, seen, ratio, image.size)]
+    low, high, extent = [], [], []                                            # of the crop, along x and y
+    for full in image.size:
+        scaled = max(1, round(full * scale))
+        part = min(scaled, size)
+        corner = int(rng.integers(scaled - part + 1))
+        ratio = full / scaled                                                 # back to pixels of the image
+        low, high = low + [corner * ratio], high + [min((corner + part) * ratio, full)]
+        extent.append(part)
     view, view_label = Image.new("RGB", (size, size), GRAY), Image.new("L", (size, size), IGNORE)
-    view.paste(image.decode().resize(seen, Image.Resampling.BILINEAR, box))
-    view_label.paste(label.resize(seen, Image.Resampling.NEAREST, box))
+    view.paste(image.decode().resize(extent, Image.Resampling.BILINEAR, low + high))
+    view_label.paste(label.resize(extent, Image.Resampling.NEAREST, low + high))
     views = {"image": common.to_tensor(view), "label": torch.from_numpy(np.array(view_label))}
     return {name: x.flip(-1) for name, x in views.items()} if rng.random() < 0.5 else views
 
 
 def entire(image, rng, source):
-    """A test's: image uint8 [3, H, W] and label uint8 [H, W] as they are."""
+    """A test image uint8 [3, H, W] and its label map uint8 [H, W] as they are; shown: which image it is."""
     return {"image": common.to_tensor(image.decode()), "label": torch.from_numpy(source.label(image)),
-            "at": image.index}
+            "shown": image.index}
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 def dilate(backbone):
-    """Stage 5 at stride 16 instead of 32: all its 3x3 convolutions get dilation 2 and stride 1 (A.5). The weights stay
-    the same."""
+    """Give stage 5 stride 16 instead of 32: its 3x3 convolutions get dilation 2 and stride 1 (A.5). Weights stay."""
     for module in backbone.layer4.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
@@ -172,8 +175,9 @@ class FCN(nn.Module):
 
 
 def pixel_loss(scores, label):
-    """Cross-entropy, the mean over all pixels of all processes that are not ignored (as DistributedDataParallel
-    averages). scores [N, classes, H, W], label [N, H, W] uint8.
+    """The mean cross-entropy over all pixels of all processes that are not ignored, once DDP has averaged it.
+
+    scores: [N, classes, H, W]; label: [N, H, W] uint8.
     """
     count = (label != IGNORE).sum()
     if common.world_size() > 1:
@@ -192,7 +196,7 @@ def confusion(prediction, label, classes):
 
 
 def iou(counts):
-    """Intersection over union of each class, of a confusion matrix; nan for one that is neither there nor predicted."""
+    """Intersection over union of each class, from a confusion matrix; nan if a class is neither there nor predicted."""
     hits = counts.diagonal().double()
     return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
 
@@ -210,7 +214,7 @@ def evaluate(model, source, args, device):
             return model(batch["image"]).argmax(dim=1)
 
     for batch, prediction in common.map_images(predict, source, view, own_share, 1, device, args.workers):
-        if batch["at"] == batch["index"]:  # not what stands in for an undecodable one
+        if batch["shown"] == batch["index"]:  # not what stands in for an undecodable one
             counts += confusion(prediction, batch["label"], args.classes)
         if len(shown) < 8 and common.rank() == 0:
             pictures = batch["image"] / 255, paint(batch["label"]), paint(prediction)
