@@ -1610,7 +1610,7 @@ class Run:
         if "images_per_s" in values:
             words.append(f"{values['images_per_s']:.0f} images/s")
             if values["data_wait"] > 0.2:
-                words.append(f"{values['data_wait']:.0%} of it waiting for images")
+                words.append(f"{values['data_wait']:.0%} of the time waiting for images")
             left = (self.last - self.step) * self.args.batch_size / max(values["images_per_s"], 1e-3)
             words.append(f"{clock(left)} left")
         return "  ".join(words)

@@ -150,7 +150,7 @@ class Progress:
             every = [x for times in self.took.values() for x in times]
             rest = sum(np.mean(self.took.get(kind, every)) for kind in self.left) / self.jobs
             print(f"{self.total - len(self.left)} of {self.total}: {name}, {kind}: {seconds:.0f} s; "
-                  f"{time.strftime('%H:%M:%S', time.gmtime(rest))} left", flush=True)
+                  f"{common.clock(rest)} left", flush=True)
 
 
 def work(args, method, seed, progress):
