@@ -8,9 +8,9 @@ contrasts instead of one: whole view to whole view, nine small patches to nine p
     torchrun --nproc_per_node=8 detco.py --data /imagenet       as in the paper; --augment rand for DetCo+AA
     python detco.py --data DIR --no-local --epochs 100          stages alone, the paper's row (b) of Table 1
 
-Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
-`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released:
-comments say what was decided where the paper leaves something open.
+Writes last.pt, log.jsonl and views.png to --out; the same command again resumes. The keys `encoder_q.backbone.*` of
+last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: comments say what was
+decided where the paper leaves something open.
 """
 import copy
 from contextlib import contextmanager

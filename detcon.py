@@ -10,8 +10,8 @@ images in the batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (
     python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
     python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps          as the paper does on COCO
 
-Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; the same command again goes on from there.
-In last.pt's `model`, `online.backbone.*` are torchvision's ResNet.
+Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; the same command again resumes. In
+last.pt's `model`, `online.backbone.*` are torchvision's ResNet.
 """
 import copy
 import re

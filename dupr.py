@@ -9,9 +9,9 @@ other view, among patches of other images. Features then tell places apart, whic
     torchrun --nproc_per_node=8 dupr.py --data /imagenet        as in the paper's main experiments
     python dupr.py --data DIR --augment moco                    as in its ablations: no RandAugment, temperature 0.2
 
-Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
-`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released:
-comments say what was decided where the paper leaves something open.
+Writes last.pt, log.jsonl and views.png to --out; the same command again resumes. The keys `encoder_q.backbone.*` of
+last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: comments say what was
+decided where the paper leaves something open.
 """
 import copy
 from functools import partial

@@ -9,8 +9,8 @@ and consistent by encoding them with a network that follows the query network sl
     torchrun --nproc_per_node=8 moco.py --data /imagenet            as in the paper
     python moco.py --data DIR --mechanism bank|batch                the other dictionaries of Figure 2
 
-Writes last.pt, log.jsonl and views.png to --out; the same command again goes on where it stopped. The keys
-`encoder_q.backbone.*` of last.pt's `model` are those of torchvision's ResNet.
+Writes last.pt, log.jsonl and views.png to --out; the same command again resumes. The keys `encoder_q.backbone.*` of
+last.pt's `model` are those of torchvision's ResNet.
 """
 import copy
 import math

@@ -11,8 +11,8 @@ backbone, feature pyramid and box head.
     python soco.py --data DIR --views 4                         SoCo*, with a fourth view
 
 Writes last.pt, log.jsonl, views.png and the proposals that it makes, proposals.npz, to --out; the same command again
-goes on where it stopped. In last.pt's `model`, `online.backbone.*`, and with FPN `online.fpn.*` and `online.head.*`,
-are torchvision's ResNet, FeaturePyramidNetwork and FastRCNNConvFCHead.
+resumes. In last.pt's `model`, `online.backbone.*`, and with FPN `online.fpn.*` and `online.head.*`, are torchvision's
+ResNet, FeaturePyramidNetwork and FastRCNNConvFCHead.
 """
 import contextlib
 import copy
@@ -487,8 +487,8 @@ def main():
             run.monitor(model.online.backbone, monitor, device, stage=4)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    run.summary(loss=f"0 where nothing is learned, {4 - 4 * args.views} where all is",
-                std=f"0 where collapsed, healthy about {args.dim ** -0.5:.3f}")
+    run.summary(loss=f"0 if nothing is learned, {4 - 4 * args.views} if all is",
+                std=f"0 if collapsed, healthy about {args.dim ** -0.5:.3f}")
     common.finish()
 
 

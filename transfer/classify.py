@@ -12,7 +12,7 @@
 The protocol objects asks what a detector asks: which class has the object in a box? Every box of COCO annotations is
 pooled from every stage, and with SoCo's weights from pyramid and head too. DIR has train/ and val/ with a folder for
 each class; svm also takes VOC2007 as it is. objects, supervised, knn and svm print a table and write it to --out;
-linear, finetune and supervised write last.pt and log.jsonl there, and the same command again goes on where it stopped.
+linear, finetune and supervised write last.pt and log.jsonl there, and the same command again resumes.
 """
 import json
 import sys

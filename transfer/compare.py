@@ -10,8 +10,7 @@ Every network sees the same images equally often in views of the same size, with
 takes for a short run, over several seeds. `random` is the untrained network; `supervised`, a ceiling, has learned from
 the labels of --train for as long. Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of
 detect.py after fine-tuning on a tenth of the labels and on all of them. Writes table.md, chart.png and what the scripts
-write to --out; the same command again goes on where it stopped. GPUs work together on one network, a CPU's cores on a
-network each.
+write to --out; the same command again resumes. GPUs work together on one network, a CPU's cores on a network each.
 """
 import argparse
 import json

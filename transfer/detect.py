@@ -9,7 +9,7 @@ without Detectron2.
 
 The backbone is filled from every method, FPN and box head from SoCo too. All norms are trained, over all processes.
 Writes last.pt, whose `model` has torchvision's names, and log.jsonl with COCO's AP (package pycocotools) to --out; the
-same command again goes on where it stopped.
+same command again resumes.
 """
 import sys
 from functools import partial

@@ -7,8 +7,7 @@
 
 Your own: DIR/train/images and DIR/val/images, beside them train/labels and val/labels with a PNG of the same name for
 each image, its pixels the classes from 0, or 255 where nothing is to be learned. Writes last.pt, log.jsonl with mIoU,
-views.png (the first batch) and predictions.png (image, truth and prediction) to --out; the same command again goes on
-where it stopped.
+views.png (the first batch) and predictions.png (image, truth and prediction) to --out; the same command again resumes.
 """
 import contextlib
 import math
