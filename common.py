@@ -1234,7 +1234,8 @@ def unpickled(path):
             with open(path, "rb") as file:
                 state = PlainUnpickler(file, encoding="latin1").load()
             arrays = {name: x for name, x in state.get("model", state).items() if isinstance(x, np.ndarray)}
-            return {**state, "model": {name: torch.from_numpy(x) for name, x in arrays.items()}}
+            native = {name: x.astype(x.dtype.newbyteorder("=")) for name, x in arrays.items()}
+            return {**state, "model": {name: torch.from_numpy(x) for name, x in native.items()}}
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in SoCo's files
             state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state}
