@@ -309,8 +309,9 @@ def read_proposals(path, source):
         with np.load(path) as arrays:
             boxes, offsets, names = (arrays[name] for name in ("boxes", "offsets", "names"))
         sound = (boxes.shape[1:] == (4,) and boxes.dtype.kind in "iuf" and np.isfinite(boxes).all()
-                 and (boxes[:, 2:] > boxes[:, :2]).all() and offsets.ndim == 1 and offsets.dtype.kind in "iu"
-                 and offsets[0] == 0 and offsets[-1] == len(boxes) and (offsets[1:] >= offsets[:-1]).all())
+                 and (boxes[:, 2:] > boxes[:, :2]).all())
+        sound &= (offsets.ndim == 1 and offsets.dtype.kind in "iu" and offsets[0] == 0 and offsets[-1] == len(boxes)
+                  and (offsets[1:] >= offsets[:-1]).all())
     except Exception as error:  # a damaged file may raise anything
         common.fail(f"--proposals {path} is no .npz of boxes, offsets and names ({' '.join(str(error).split())})")
     if not sound:
@@ -320,8 +321,9 @@ def read_proposals(path, source):
         common.fail(f"--proposals {path} has boxes of {len(offsets) - 1} images, but --data has {len(source)}")
     if names.tobytes() != source.names.tobytes():
         there, here = (x.tobytes().decode(errors="replace").split("\0") for x in (names, source.names))
-        i, name, ours = next((i, *pair) for i, pair in enumerate(zip_longest(there, here)) if pair[0] != pair[1])
-        common.fail(f"--proposals {path} is of other images: number {i} is {name!r} there, {ours!r} in --data")
+        for i, (name, ours) in enumerate(zip_longest(there, here)):
+            if name != ours:
+                common.fail(f"--proposals {path} is of other images: number {i} is {name!r} there, {ours!r} in --data")
     return Proposals(boxes, offsets)
 
 
