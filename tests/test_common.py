@@ -2,6 +2,7 @@
 import colorsys
 import math
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -374,3 +375,28 @@ def test_synchronised_bn_of_uneven_batches_is_bn_of_them_all():
     theirs = torch.nn.BatchNorm2d(3).double()
     assert np.allclose(theirs(torch.from_numpy(x)).detach().numpy(), one[0], atol=1e-12)
     assert np.allclose(theirs.running_var.numpy(), one[3], atol=1e-12)
+
+
+# --- Console ---------------------------------------------------------------------------------------------------------
+
+def test_a_line_on_the_console_says_where_a_run_is_and_how_long_it_will_take():
+    run = object.__new__(common.Run)
+    run.args, run.steps_per_epoch = SimpleNamespace(epochs=4, batch_size=64), 128
+    run.step, run.total, run.last = 320, 512, 512
+    row = {"loss": 2.413, "lr": 0.1, "accuracy": 0.1234, "images_per_s": 118.0, "data_wait": 0.02}
+    assert run.console_line(row) == "epoch 3/4  step 320/512  loss 2.41  accuracy 12.3 %  118 images/s  1:44 left"
+    assert "50% of the time waiting for images" in run.console_line({**row, "data_wait": 0.5})
+    run.last = 321                                                           # --max-steps
+    assert run.console_line(row).endswith(" 0:01 left")
+    assert run.console_line({"knn": 0.25}) == "epoch 3/4  step 320/512  knn 25 %"
+
+
+def test_long_work_says_every_ten_seconds_how_far_it_is(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    progress = common.Progress("SVMs", 1000)
+    for done in range(1, 31):                                                # one a second
+        clock[0] += 1
+        progress(done)
+    assert capsys.readouterr().err.splitlines() == ["SVMs: 1%, 16:29 left", "SVMs: 2%, 16:18 left"]
+    assert common.clock(7261.2) == "2:01:01"
