@@ -1579,7 +1579,7 @@ class Run:
             if drawn:
                 size, seed = pair[0].size, pair[0].seed
                 scenes = Shapes(1200, size, seed).draw_all(), Shapes(400, size, seed + 1).draw_all()
-                figures = probe(backbone, *scenes, size, device, self.args.workers)
+                figures = probe(backbone, *scenes, detector_size(size), device, self.args.workers)
                 row |= {f"probe_{name}": x for name, x in figures.items()}
         self.write(row)
         self.restart_clock()
@@ -1858,6 +1858,11 @@ def ridge(x, y, x_val):
         if accuracy > best_accuracy:
             best_accuracy, best_weight = accuracy, weight
     return prior + x_val @ axes @ best_weight
+
+
+def detector_size(size):
+    """The side in pixels that detectors give an image when pre-training gives it `size`: 800 at 224, in whole strides."""
+    return 32 * round(size * 800 / 224 / 32)
 
 
 @torch.no_grad()

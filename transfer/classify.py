@@ -429,7 +429,9 @@ def arguments():
         help="when the learning rate falls to a tenth, in shares of the run; 0.7 0.9 in finetune and supervised")
 
     def variant(args):
-        changed = dict(size=SHAPES["size"]) if args.protocol in OBJECTS and not args.train else {}
+        changed = {}
+        if args.protocol in OBJECTS:
+            changed["size"] = 800 if args.train else common.detector_size(SHAPES["size"])
         if args.protocol in ("finetune", "supervised"):
             changed |= {**FINETUNE, "lr": 0.03 if args.protocol == "finetune" and args.init != "random" else 0.1}
         return changed

@@ -98,37 +98,37 @@ def script(name, *flags, several=True):
 def tasks(args, method, seed):
     """[(kind, command, the file that it leaves)] for one network, in order."""
     out, size = args.out / f"{method}-{seed}", args.size
-    common_flags = ["--size", size, "--seed", seed]
+    large = common.detector_size(size)
     source, checkpoint = ["--train", *args.train, "--val", *args.val], ["--init", out / "last.pt"]
-    shared = ["--arch", args.arch, "--save-every", 100, *common_flags, "--out", out, "--batch-size"]
+    shared = ["--arch", args.arch, "--save-every", 100, "--seed", seed, "--out", out, "--batch-size"]
     todo = []
     if method == "supervised":
         images = args.labels[1, seed][1]
         epochs, shared = max(1, round(args.epochs * args.images / images)), [*shared, min(args.batch_size, images)]
-        ceiling = ["--init", "random", "--protocol", "supervised", "--epochs", epochs, *source]
+        ceiling = ["--init", "random", "--protocol", "supervised", "--epochs", epochs, "--size", large, *source]
         return [("supervised", script("transfer/classify.py", *ceiling, *shared), out / "supervised.json")]
-    if method == "random":
-        checkpoint = ["--init", "random", "--arch", args.arch]
+    if method in ("random", "random0"):
+        checkpoint = ["--init", method, "--arch", args.arch]
     elif method in args.files:
         checkpoint = ["--init", args.files[method]]
     else:
         demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN}
         demo = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
         added = [word for name, words in args.add if name == method for word in shlex.split(words)]
-        command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, *demo, *shared, args.batch_size,
-                         *added)
+        command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, "--size", size, *demo, *shared,
+                         args.batch_size, *added)
         todo.append(("pre-training", command, out / "last.pt"))
-    probe = [*checkpoint, *common_flags, "--out", out, "--protocol"]
-    command = script("transfer/classify.py", *probe, "objects", *source, several=False)
+    probe = [*checkpoint, "--seed", seed, "--out", out, "--protocol"]
+    command = script("transfer/classify.py", *probe, "objects", "--size", large, *source, several=False)
     todo.append(("objects", command, out / "objects.json"))
     if args.knn:
-        todo.append(("kNN", script("transfer/classify.py", *probe, "knn", "--data", args.knn), out / "knn.json"))
-    for share in (FEW, 1):
+        todo.append(("kNN", script("transfer/classify.py", *probe, "knn", "--size", size, "--data", args.knn), out / "knn.json"))
+    for share in (FEW, 1) if args.steps else ():
         labels, images = args.labels[share, seed]
         batch = min(8, images)
         epochs, folder = max(1, round(args.steps / (images // batch))), out / f"AP-{share:g}"
         detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], labels, "--val", *args.val,
-                        "--seed", seed, "--size", size, size, "--rois", 32, "--batch-size", batch, "--lr", 0.04,
+                        "--seed", seed, "--size", large, large, "--rois", 32, "--batch-size", batch, "--lr", 0.04,
                         "--warmup", 0.5, "--epochs", epochs, "--save-every", 100, "--out", folder)
         todo.append((f"AP, {share:.0%} of labels", detect, folder / "log.jsonl"))
     return todo
@@ -245,10 +245,12 @@ def arguments():
         help="weights to evaluate beside them, ours or the authors' (as classify.py's --init)")
     add("--seeds", type=count, default=3, help="networks of each method (default: 3)")
     add("--arch", default="resnet18w0.25", help="of all (default: resnet18w0.25)")
-    add("--size", type=common.bounded(int, 32), default=64, help="side of views and images in pixels (default: 64)")
-    add("--epochs", type=count, default=6, help="passes over --data (default: 6)")
+    add("--size", type=common.bounded(int, 32), default=48,
+        help="side of a view in pixels (default: 48); probes and detectors get images 800 / 224 times as large")
+    add("--epochs", type=count, default=8, help="passes over --data (default: 8)")
     add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
-    add("--steps", type=count, default=200, help="of fine-tuning a detector, 8 images each (default: 200)")
+    add("--steps", type=common.bounded(int, 0), default=150,
+        help="of fine-tuning a detector, 8 images each (default: 150; 0: no detectors)")
     add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
     add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"),
         help="more flags for a method's script")
@@ -277,7 +279,7 @@ def main():
         args.train, args.val = ([str(folder / part), str(folder / f"{part}.json")] for part in ("train", "val"))
         args.add += [("soco", f"--proposals {folder}/boxes.npz"), ("detcon", f"--masks {folder}/masks")]
     args.images, args.labels = len(common.ImageFolder(args.data)), share_labels(args.train[1], args.seeds, args.out)
-    methods = ["random", *args.methods, *args.files, "supervised"]
+    methods = ["random", "random0", *args.methods, *args.files, "supervised"]
     networks = [(method, seed) for seed in range(args.seeds) for method in methods]
     progress = Progress([kind for network in networks for kind, _, _ in tasks(args, *network)], args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:

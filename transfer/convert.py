@@ -97,7 +97,8 @@ def add_init(parser):
     add = parser.own.add_argument
     add("--init", required=True, metavar="WHAT",
         help="last.pt of one of the five methods; what the authors of MoCo, DetCo or SoCo released; torchvision's "
-        "weights of a ResNet; Detectron2's .pkl; or: random")
+        "weights of a ResNet; Detectron2's .pkl; or: random, or random0, as SoCo and DetCon begin: the last BN gamma "
+        "of each residual block is 0")
     add("--part", choices=PARTS, default="online", help="online or query, target or key (default: online)")
     add("--arch",
         help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: --init's, "
@@ -110,9 +111,13 @@ def initial(args, taken=("backbone",)):
     Says what the file is and which of its parts are none of `taken` and so have no place. Fills in --arch, or exits
     with 2 when the file is of another. The file's checksum is a setting of the run: the file may move.
     """
-    if args.init == "random":
-        args.arch, args.init_checksum = args.arch or "resnet50", "random"
-        return {}, {}
+    if args.init in ("random", "random0"):
+        args.arch, args.init_checksum = args.arch or "resnet50", args.init
+        if args.init == "random":
+            return {}, {}
+        common.seed_everything(args.seed)
+        network = common.resnet(args.arch, zero_init_residual=True)
+        return {f"backbone.{name}": x for name, x in network.state_dict().items()}, {}
     tensors, weights = read(args.init, args.part)
     weights.choose_arch(args)
     if common.rank() == 0:
