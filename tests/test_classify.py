@@ -291,6 +291,19 @@ def test_socos_pyramid_and_head_are_those_of_its_pre_training(tmp_path):
     assert list(rows) == ["c2", "c3", "c4", "c5", "pyramid", "head"] and len({len(x) for x in rows.values()}) == 1
 
 
+def test_random0_is_a_network_whose_residual_blocks_begin_as_the_identity():
+    args = settings(init="random0", part="online", arch="resnet18w0.25", seed=3)
+    first, again = (convert.backbone(args).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)              # a function of the seed
+    assert not any(first[f"layer{k}.{b}.bn2.weight"].any() for k in (1, 2, 3, 4) for b in (0, 1))
+    assert first["layer1.0.bn1.weight"].all() and first["layer1.0.conv2.weight"].std() > 0
+
+
+@pytest.mark.parametrize("size, larger", [(224, 800), (48, 160), (96, 352), (32, 128)])
+def test_a_detector_sees_images_as_much_larger_as_800_is_than_224(size, larger):
+    assert common.detector_size(size) == larger and larger % 32 == 0
+
+
 def test_objects_of_annotated_images_and_of_drawn_shapes_fill_a_table(tmp_path, monkeypatch, capsys):
     path, _ = write_soco(tmp_path / "last.pt")
     for part, count in (("train", 60), ("val", 40)):

@@ -36,7 +36,7 @@ def planned(monkeypatch, flags, method, seed=0):
     return compare.tasks(args, method, seed)
 
 
-@pytest.mark.parametrize("method", ["random", *compare.METHODS, "supervised"])
+@pytest.mark.parametrize("method", ["random", "random0", *compare.METHODS, "supervised"])
 def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
     shared = {}
     for kind, command, _ in planned(monkeypatch, [*data, "--knn", "somewhere"], method, seed=1):
@@ -48,11 +48,18 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
         shared[kind] = args
     if method == "supervised":
         assert shared["supervised"].batch_size == 20                                     # no more than there are
-    if method == "random":
+    if method.startswith("random"):
         assert list(shared) == ["objects", "kNN", "AP, 10% of labels", "AP, 100% of labels"]
     elif method != "supervised":
         args = shared["pre-training"]
-        assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 64, 6, 64)
+        assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 48, 8, 64)
+    if method != "supervised":                                   # detectors see 800 pixels where pre-training sees 224
+        assert shared["objects"].size == 160 and shared["AP, 10% of labels"].size == [160, 160]
+        assert shared["kNN"].size == 48
+
+
+def test_no_detector_is_trained_in_no_steps(data, monkeypatch):
+    assert [kind for kind, _, _ in planned(monkeypatch, [*data, "--steps", 0], "random")] == ["objects"]
 
 
 def test_weights_that_exist_are_evaluated_without_pre_training(data, tmp_path, monkeypatch, capsys):
@@ -130,11 +137,12 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_nothing_is_done_twice(d
     assert table[0] == "| | c2 | c3 | c4 | c5 | AP 10% | AP 100% |"
     scores = "20.5 ± 0.7 | 30.5 ± 0.7 | 40.5 ± 0.7 | 50.5 ± 0.7"                          # of 20, 21; 30, 31; ...
     assert table[2:] == [f"| random | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
+                         f"| random0 | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
                          f"| moco | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
                          f"| supervised | {scores} |  |  |"]
     done = (tmp_path / "out" / "runs.txt").read_text()
     assert run(monkeypatch, *flags) == 0 and (tmp_path / "out" / "runs.txt").read_text() == done
-    assert done.count("moco.py") == 2 and done.count("detect.py") == 8
+    assert done.count("moco.py") == 2 and done.count("detect.py") == 12
     assert Image.open(tmp_path / "out" / "chart.png").size[0] > 1000
 
 

@@ -7,10 +7,11 @@
     python transfer/compare.py --init ckpt_epoch_400.pth ...           beside weights that exist, ours or the authors'
 
 Every network sees the same images equally often in views of the same size, with the settings that the method's demo
-takes for a short run, over several seeds. `random` is the untrained network; `supervised`, a ceiling, has learned from
-the labels of --train for as long. Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of
-detect.py after fine-tuning on a tenth of the labels and on all of them. Writes table.md, chart.png and what the scripts
-write to --out; the same command again resumes. GPUs work together on one network, a CPU's cores on a network each.
+takes for a short run, over several seeds. `random` is the untrained network, `random0` one whose residual blocks begin
+as the identity, as SoCo's and DetCon's do; `supervised`, a ceiling, has learned from the labels of --train for as long.
+Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of detect.py after fine-tuning on a
+tenth of the labels and on all of them, in images 800 / 224 as large as pre-training's views, as detectors see them.
+Writes table.md, chart.png and what the scripts write to --out; the same command again resumes. GPUs work together on one network, a CPU's cores on a network each.
 """
 import argparse
 import json
@@ -214,13 +215,13 @@ def report(args, methods):
         lines.append(f"| {method} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     (args.out / "table.md").write_text(table + "\n")
-    stages = ("c2", "c3", "c4", "c5")
-    probes = {method: ([2, 3, 4, 5], [row[name][0] for name in stages]) for method, row in rows.items() if "c2" in row}
-    panels = [page.chart("object probe by stage, accuracy in %", probes, "stage")] if probes else []
-    for name in ("kNN", f"AP {FEW:.0%}", "AP 100%"):
+    titles = {f"c{k}": f"objects told by c{k}, accuracy in %" for k in (2, 3, 4, 5)}
+    titles |= {"kNN": "nearest neighbors, accuracy in %", f"AP {FEW:.0%}": f"AP with {FEW:.0%} of the labels",
+               "AP 100%": "AP with all labels"}
+    panels = []
+    for name, title in titles.items():
         bars = {method: row[name] for method, row in rows.items() if name in row}
         if bars:
-            title = {"kNN": "nearest neighbors, accuracy in %"}.get(name, f"{name[:2]} with {name[3:]} of the labels")
             panels.append(page.bars(title, bars, list(rows)))
     if panels:
         lines = [page.lay(panels[k:k + 2]) for k in range(0, len(panels), 2)]
