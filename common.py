@@ -1632,8 +1632,9 @@ class Run:
         probes = [{name: row[f"probe_{name}"] for name in ("c2", "c3", "c4", "c5")}
                   for row in rows if "probe_c2" in row]
         if len(probes) == 2:
-            best = max(probes[1], key=probes[1].get)
-            figures += [f"objects told by {best} {probes[1][best]:.1%} ({start} {probes[0][best]:.1%})"]
+            told = ", ".join(f"{name} {after:.1%} ({before:.1%})"
+                             for (name, after), before in zip(probes[1].items(), probes[0].values()))
+            figures += [f"objects told by {told}"]
         if rank() == 0:
             print_line(f"step {self.step} of {self.total}: {', '.join(figures)}")
 

@@ -31,9 +31,7 @@ PAPER = dict(  # on ImageNet; lr is for batch_size
     augment_magnitude=28,
     workers=16)  # about what one H100 needs, estimated
 
-DEMO = dict(
-    arch="resnet18w0.25", size=48, epochs=2, batch_size=64, lr=1.0, warmup=1, print_every=32, min_area=0.4, queue=512,
-    momentum=0.95, bn_splits=2)
+DEMO = dict(arch="resnet18w0.25", size=32, epochs=10, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

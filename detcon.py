@@ -42,7 +42,7 @@ GRID1 = dict(num_masks=1)
 B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
 
 DEMO = dict(
-    arch="resnet18w0.25", size=48, epochs=4, batch_size=64, lr=64.0, warmup=0.5, print_every=32, masks="truth")
+    arch="resnet18w0.25", size=48, epochs=2, batch_size=64, lr=64.0, warmup=0.5, print_every=32, masks="truth")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
 ABLATION = dict(temperature=0.2)  # with --augment moco
 
 DEMO = dict(
-    arch="resnet18w0.25", size=48, epochs=3, batch_size=64, lr=1.0, warmup=1, print_every=32, min_area=0.4, queue=512,
-    momentum=0.95, bn_splits=2, augment="moco")
+    arch="resnet18w0.25", size=48, epochs=10, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95,
+    augment="moco")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

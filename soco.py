@@ -43,8 +43,8 @@ C4 = dict(views=2)  # Sec. 3.3: V3 is discarded
 WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, first row: the image is the one object
 
 DEMO = dict(
-    arch="resnet18w0.25", size=48, epochs=2, batch_size=64, lr=32.0, warmup=1, print_every=32, proposals="truth",
-    num_proposals=3, hidden=512)  # lr 32 at 2048 is 1.0 at 64: the paper's 0.25 is slow in 256 steps
+    arch="resnet18w0.25", size=48, epochs=1, batch_size=64, lr=32.0, warmup=0.5, print_every=32, proposals="truth",
+    num_proposals=3, hidden=512)  # lr 32 at 2048 is 1.0 at 64: the paper's 0.25 is slow in 128 steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python tests/benchmark.py loader scan          some of it, by the names that --help lists
     python tests/benchmark.py loader --images DIR  on your own JPEGs instead of drawn ones
     python tests/benchmark.py proposals --scenes DIR      on DIR/images with COCO boxes in DIR/annotations.json
+    python tests/benchmark.py before --against CHECKOUT   steps of another checkout, such as an older one, beside these
 
 Machines are noisy: quote the ratios, with the command.
 """
@@ -27,7 +28,7 @@ from PIL import Image, ImageFilter
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_iou, roi_align
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.environ.get("CHECKOUT") or str(Path(__file__).resolve().parents[1]))  # see `before`
 import common  # noqa: E402
 import detco  # noqa: E402
 import detcon  # noqa: E402
@@ -236,7 +237,7 @@ def family_step(name):
     return measured(work)
 
 
-def measured(work):
+def measured(work, repeats=None):
     """Seconds and peak memory in MB over what is taken before, of work()."""
     status = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
@@ -245,7 +246,7 @@ def measured(work):
         before = torch.cuda.memory_allocated() / 2**20
     else:
         before = status("VmRSS:")
-    took = seconds(work, 10 if DEVICE.type == "cuda" else 5)
+    took = seconds(work, repeats or (10 if DEVICE.type == "cuda" else 5))
     return took, (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else status("VmHWM:")) - before
 
 
@@ -457,7 +458,7 @@ def pooling(args, folder):
     """CPU-ms for the masks of a pair of views: all regions counted at once, against 16 full-size masks."""
     torch.set_num_threads(1)
     source, rng = common.Shapes(16, size=500), np.random.default_rng(0)
-    labels = [source.labeled(i)[2] for i in range(16)]
+    labels = [source.labeled(i)[3] for i in range(16)]
     mask = lambda i: detcon.crop_labels(labels[i], common.random_crop((500, 500), (0.08, 1.0), rng), (500, 500), 224)
     pairs = [(mask(i), mask(i)) for i in range(16)]
     counted = lambda mask, cells, n, rng: detcon.draw(detcon.shares(mask, cells), n, rng)
@@ -485,6 +486,54 @@ def count(args, folder):
                   f"{ledger.peak / 2**30:.1f} GB at the peak", flush=True)
 
 
+def a_batch(name, size, images):
+    """A batch of a method on DEVICE: noise, with boxes that hold some of it."""
+    batch = {}
+    for key, (shape, kind) in fake_gpu.shapes(name, size).items():
+        x = torch.zeros(images, *shape, dtype=kind, device=DEVICE)
+        if kind == torch.uint8:
+            x.random_(256)
+        elif "box" in key:
+            x[..., 2:] = size / 2.24
+        elif "mask" in key or key == "overlap":
+            x.fill_(1)
+        batch[key] = x
+    return batch
+
+
+def cpu_step(name):
+    """CPU-seconds and peak memory in MB of a step of a method: 16 images of 224 pixels, on one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, optimizer = fake_gpu.build(name, "resnet18w0.5", 224, splits=1)
+    model.to(memory_format=torch.channels_last)
+    optimizer, batch = optimizer([p for p in model.parameters() if p.requires_grad]), a_batch(name, 224, 16)
+    took = []
+
+    def work():
+        start = time.process_time()
+        fake_gpu.step(name, model, optimizer, batch)
+        took.append(time.process_time() - start)
+
+    memory = measured(work, repeats=3)[1]
+    return float(np.median(took[1:])), memory
+
+
+def before(args, folder):
+    """Steps of all methods on the CPU, here and in the checkout --against, in turns."""
+    if not args.against:
+        print("before: needs --against CHECKOUT")
+        return
+    for name in PER_GPU:
+        figures = {"": [], args.against: []}
+        for checkout in [*figures] * 2:
+            os.environ["CHECKOUT"] = checkout
+            figures[checkout].append(multiprocessing.get_context("spawn").Pool(1).apply(cpu_step, (name,)))
+        (here, memory), (there, more) = (np.mean(pairs, axis=0) for pairs in figures.values())
+        print(f"before: a step of {name}: {here:.2f} CPU-s and {memory:.0f} MB here, {there:.2f} CPU-s and {more:.0f} MB "
+              f"there: {there / here:.2f} times the time, {more / memory:.2f} times the memory", flush=True)
+
+
 def step(args, folder):
     """Images/s of each script and of its bare step on data on the GPU, their ratio, memory, and time by part."""
     if DEVICE.type != "cuda":
@@ -495,15 +544,7 @@ def step(args, folder):
         model, optimizer = fake_gpu.build(name, "resnet50", 224, splits=8)
         model.to(DEVICE, memory_format=torch.channels_last)
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
-        what = fake_gpu.shapes(name, 224).items()
-        batch = {key: torch.zeros(images, *shape, dtype=kind, device=DEVICE) for key, (shape, kind) in what}
-        for key, x in batch.items():
-            if x.dtype == torch.uint8:
-                x.random_(256)
-            elif "box" in key:
-                x[..., 2:] = 100.0
-            elif "mask" in key or key == "overlap":
-                x.fill_(1)
+        batch = a_batch(name, 224, images)
         torch.cuda.reset_peak_memory_stats()
         work = partial(fake_gpu.step, name, model, optimizer, batch)
         bare, memory = images / seconds(work, 20), torch.cuda.max_memory_allocated() / 2**30
@@ -528,7 +569,7 @@ def step(args, folder):
 
 
 PARTS = ("loader photo scan photometric bn pyramid proposals contrast masks pooling family patches overlap count "
-         "step").split()
+         "before step").split()
 
 
 if __name__ == "__main__":
@@ -539,6 +580,7 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=300, help="images for `proposals`, at most")
     parser.add_argument("--scenes",
                         help="folder with images/ and annotations.json in COCO's format for `proposals`, `masks`")
+    parser.add_argument("--against", metavar="CHECKOUT", help="another checkout of the project, for `before`")
     parser.add_argument("--fh-scale", type=int, default=1000, help="for `masks`")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"

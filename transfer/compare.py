@@ -36,6 +36,8 @@ from transfer import page  # noqa: E402
 
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
 OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # no demo decides these
+SHORT = {**dict.fromkeys(("moco", "detco", "dupr"), dict(lr=1.0, bn_splits=2)),      # some hundred steps of 64 images
+         "soco": dict(warmup=1)}
 SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)       # drawn pictures
 FEW = 0.1                                                                            # of the labels
 
@@ -113,7 +115,7 @@ def tasks(args, method, seed):
     elif method in args.files:
         checkpoint = ["--init", args.files[method]]
     else:
-        demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN}
+        demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN} | SHORT.get(method, {})
         demo = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
         added = [word for name, words in args.add if name == method for word in shlex.split(words)]
         command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, "--size", size, *demo, *shared,
