@@ -868,9 +868,7 @@ class ImageFolder:
             return LazyImage(image, i)
 
     def only(self, names, what):
-        """Keep the images of `names`, a list of bytes, in that order; what: who names them. Exits with 2 if one
-        is missing.
-        """
+        """Keep the images of `names`, a list of bytes, in that order. what: who names them, for the error message."""
         missing = sorted(set(names) - set(self.names.tobytes().split(b"\0")))
         if missing:
             fail(f"{self.root} lacks {len(missing)} of the {len(names)} images of {what}: {os.fsdecode(missing[0])}")

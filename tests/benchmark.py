@@ -336,9 +336,7 @@ def search(image, segments, histograms, scale, min_size):
 
 
 def true_boxes(scenes):
-    """(images, {i: boxes [n, 4] xyxy}) of a folder with images/ and COCO's annotations.json; of drawn scenes without
-    one.
-    """
+    """(images, {i: boxes [n, 4] xyxy}) of a folder with images/ and annotations.json, or else of drawn scenes."""
     if not scenes:
         source = common.Shapes(300, size=320)
         return source, {i: source.scene(i)[1] for i in range(len(source))}
@@ -415,9 +413,7 @@ def contrast(args, folder):
 
 
 def masks(args, folder):
-    """Felzenszwalb-Huttenlocher segments: images/s of a core, and the average best overlap (Fig. 7) of them and of a
-    grid with the true masks.
-    """
+    """Felzenszwalb-Huttenlocher masks: images/s of a core, and average best overlap (Fig. 7) of them and of a grid."""
     if args.scenes:
         dataset = json.loads(Path(args.scenes, "annotations.json").read_text())
         source = common.ImageFolder(Path(args.scenes, "images"))

@@ -61,9 +61,7 @@ def runs(mask):
 
 
 def write_scenes(folder, count, size=64, seed=0):
-    """Drawn scenes as PNG with COCO annotations, whose category ids are 10, 20, ...; keypoints are the pixels in a
-    box's upper corners.
-    """
+    """Drawn scenes as PNG with COCO annotations: category ids 10, 20, ...; a box's upper corners as keypoints."""
     shapes, names = common.Shapes(count, size, seed), list(common.SHAPE_CLASSES)
     folder = Path(folder)
     (folder / "images").mkdir(parents=True)

@@ -241,9 +241,7 @@ def features_of_scenes(folder):
 
 
 def test_boxes_are_pooled_at_every_stage_where_they_are_and_in_two_processes_too(tmp_path):
-    """Pictures twice as wide as high, so that the two directions scale apart, against each stage cut out by
-    `roi_align`.
-    """
+    """Pictures twice as wide as high, whose directions scale apart, against each stage pooled by `roi_align`."""
     folder = write_scenes(tmp_path / "scenes", 5)
     shapes, backbone, expected = common.Shapes(5, 64), tiny_backbone(), {i: [] for i in range(4)}
     dataset = (folder / "annotations.json").read_text().replace('"width": 64', '"width": 128')

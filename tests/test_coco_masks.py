@@ -15,9 +15,7 @@ from transfer import coco_masks
 
 
 def packed(counts):
-    """COCO's packed run lengths, from the rule: 5 bits a character, lowest first; from the fourth on, less the one two
-    before.
-    """
+    """COCO's packed run lengths by their rule: 5 bits a character, lowest first; from the fourth on, differences."""
     text = ""
     for k, count in enumerate(counts):
         value, more = count - (counts[k - 2] if k > 2 else 0), True

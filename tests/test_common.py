@@ -272,9 +272,7 @@ def slow_dm_pix(x, op, factor, hue):
 
 
 def noise_and_flat_colors(n, size=9):
-    """Pictures [N, 3, S, S] in [0, 1]: noise, then the corners of the color cube, where hue or saturation are
-    undefined.
-    """
+    """Pictures [N, 3, S, S] in [0, 1]: noise, then the corners of the color cube, some without hue or saturation."""
     x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
     x[:, :, 0, :8] = corners.T

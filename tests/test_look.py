@@ -173,9 +173,7 @@ def test_similarity_is_1_of_the_object_itself_and_the_mean_cosine_over_places_of
 # --- Proposals, masks ------------------------------------------------------------------------------------------------
 
 def test_every_box_of_the_views_lies_on_the_object_it_was_drawn_around(tmp_path, monkeypatch):
-    """One dark object on a bright ground, and its box: in each view the frame is as far from the object as jitter
-    allows.
-    """
+    """One dark object on bright ground and its box: in each view the frame is as far off as jitter allows."""
     image = np.full((200, 300, 3), 255, np.uint8)
     image[50:150, 30:120] = 0
     folder = tmp_path / "images"

@@ -36,9 +36,7 @@ def painted(size, box):
 
 
 def extent(view):
-    """Where the paint lies in a view [3, S, S]: x1, y1, x2, y2 to a fraction of a pixel, by how red its edge pixels
-    are.
-    """
+    """The place of the paint in a view [3, S, S]: x1, y1, x2, y2 to a fraction of a pixel, by how red its edges are."""
     red = view[0].double() / 255
     across, down = red.amax(dim=0), red.amax(dim=1)
     edges = lambda line: (line.nonzero()[0].item() + 1 - line[line.nonzero()[0]].item(),

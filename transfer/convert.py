@@ -69,9 +69,7 @@ NAMES = {"detectron2": detectron2_name, "torchvision": torchvision_name,
 
 
 def convert(tensors, to):
-    """{name: tensor} as `read` gives it -> (the same in the names of `to`, {a part of the network: how many of its
-    tensors have no place there}).
-    """
+    """(tensors in the names of `to`, {a part of the network: how many of its tensors have no place there})."""
     named = {name: NAMES[to](name) for name in tensors}
     return ({new: tensors[name] for name, new in named.items() if new},
             Counter(name.partition(".")[0] for name, new in named.items() if not new))

@@ -93,9 +93,7 @@ def chart(title, lines, below):
 
 
 def bars(title, values, order):
-    """values: {name: (mean, spread)} as bars from 0, with a whisker each way. order: names; a name's place there tells
-    the color of its bar.
-    """
+    """A bar chart of {name: (mean, spread)}, with whiskers. order: all names; a name's place there gives its color."""
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)
