@@ -65,7 +65,7 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
 
 
 def to_view(box, crop, size, flip):
-    """T: a box in pixels of the view that is `crop` made size x size, mirrored if `flip`. box, crop: pixels of the image."""
+    """T: a box in pixels of a view: `crop` made size x size, mirrored if `flip`. box, crop: in pixels of the image."""
     sx, sy = size / (crop[2] - crop[0]), size / (crop[3] - crop[1])
     x1, x2 = (box[0] - crop[0]) * sx, (box[2] - crop[0]) * sx
     y1, y2 = (box[1] - crop[1]) * sy, (box[3] - crop[1]) * sy
