@@ -1286,38 +1286,47 @@ def read_weights(path):
     state = unpickled(path)
     model = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     model = {re.sub(r"^(module|roi_heads)\.", "", str(name)): x for name, x in model.items() if torch.is_tensor(x)}
-    if isinstance(state.get("settings"), dict):
-        settings, method = state["settings"], str(state.get("method"))
-        if method not in NETWORKS:
-            fail(f"{path} is of {method}: take a checkpoint of {', '.join(NETWORKS)}")
-        what = f"{method} of this project"
-        places = {prefix: (network, "") for prefix, network in zip(NETWORKS[method], ("online", "target"))}
-    else:
-        layout = next((name for name in LAYOUTS if name in model), None)
-        if not layout:
-            fail(f"{path} has no ResNet by names that are known here: ours, torchvision's, Detectron2's, or those of "
-                 "MoCo's, DetCo's and SoCo's authors")
-        what, method, table, marks = LAYOUTS[layout]
-        settings = {}
-        places = {theirs: (network, ours) for mark, network in reversed(marks.items())
-                  for ours, theirs in modules(table, mark).items()}
+    ours = isinstance(state.get("settings"), dict)
+    what, method, places = our_layout(path, state) if ours else their_layout(path, model)
     networks = {"online": {}, "target": {}}
     for name, x in model.items():
         prefix = longest_prefix(name, places)
-        network, ours = places.get(prefix, ("online", ""))
-        networks[network][(ours + name[len(prefix):]).removeprefix(".")] = x
+        network, module = places.get(prefix, ("online", ""))
+        networks[network][(module + name[len(prefix):]).removeprefix(".")] = x
     if "queue_ptr" in model and method == "moco":  # there a key is a column
         networks["online"]["queue.keys"] = torch.atleast_2d(networks["online"]["queue.keys"]).mT.contiguous()
         networks["online"]["queue.position"] = model["queue_ptr"].squeeze()
     for tensors in networks.values():
         for name in [name for name in tensors if name.endswith(".running_mean")]:  # Detectron2 counts no batches
             tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    settings = state["settings"] if ours else {}
     arch = backbone_arch(path, settings.get("arch"), parts(networks["online"])["backbone"])
     author = f" by {' '.join(str(state['__author__']).split())[:40]}" if "__author__" in state else ""
     epoch = f", epoch {state['epoch']}" if isinstance(state.get("epoch"), int) else ""
     with open(path, "rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return Weights(f"{path}: {what}{author}{epoch}, {arch}", checksum, method, {**settings, "arch": arch}, **networks)
+
+
+def our_layout(path, state):
+    """(what it is, its method, {module there: (network, module here)}) of a checkpoint of ours."""
+    method = str(state.get("method"))
+    if method not in NETWORKS:
+        fail(f"{path} is of {method}: take a checkpoint of {', '.join(NETWORKS)}")
+    online, target = NETWORKS[method]
+    return f"{method} of this project", method, {online: ("online", ""), target: ("target", "")}
+
+
+def their_layout(path, model):
+    """The same of a file of others, told by a name that only they have."""
+    layout = next((name for name in LAYOUTS if name in model), None)
+    if not layout:
+        fail(f"{path} has no ResNet by names that are known here: ours, torchvision's, Detectron2's, or those of "
+             "MoCo's, DetCo's and SoCo's authors")
+    what, method, table, marks = LAYOUTS[layout]
+    places = {theirs: (network, ours) for mark, network in reversed(marks.items())
+              for ours, theirs in modules(table, mark).items()}
+    return what, method, places
 
 
 def backbone_arch(path, arch, tensors):
