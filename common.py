@@ -1869,7 +1869,7 @@ def ridge(x, y, x_val):
 
 
 def detector_size(size):
-    """The side in pixels that detectors give an image when pre-training gives it `size`: 800 at 224, in whole strides."""
+    """The side in pixels of an image in a detector when pre-training gives it `size`: 800 at 224, in whole strides."""
     return 32 * round(size * 800 / 224 / 32)
 
 

@@ -11,7 +11,8 @@ takes for a short run, over several seeds. `random` is the untrained network, `r
 as the identity, as SoCo's and DetCon's do; `supervised`, a ceiling, has learned from the labels of --train for as long.
 Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of detect.py after fine-tuning on a
 tenth of the labels and on all of them, in images 800 / 224 as large as pre-training's views, as detectors see them.
-Writes table.md, chart.png and what the scripts write to --out; the same command again resumes. GPUs work together on one network, a CPU's cores on a network each.
+Writes table.md, chart.png and what the scripts write to --out; the same command again resumes. GPUs work together on
+one network, a CPU's cores on a network each.
 """
 import argparse
 import json
@@ -125,7 +126,8 @@ def tasks(args, method, seed):
     command = script("transfer/classify.py", *probe, "objects", "--size", large, *source, several=False)
     todo.append(("objects", command, out / "objects.json"))
     if args.knn:
-        todo.append(("kNN", script("transfer/classify.py", *probe, "knn", "--size", size, "--data", args.knn), out / "knn.json"))
+        command = script("transfer/classify.py", *probe, "knn", "--size", size, "--data", args.knn)
+        todo.append(("kNN", command, out / "knn.json"))
     for share in (FEW, 1) if args.steps else ():
         labels, images = args.labels[share, seed]
         batch = min(8, images)

@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SIDE = 256  # of a picture on the page, in pixels
 CHART, FRAME = (520, 350), (64, 58, 504, 304)  # of a chart; of its axes, xyxy in it
-INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # of lines, for the color-blind too
+# Of lines and bars; the color-blind can tell them apart.
+INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 
 
 def picture(x, side=SIDE):
