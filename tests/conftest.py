@@ -128,3 +128,11 @@ def photograph():
     y, x = np.mgrid[0:400, 0:600]
     channels = [128 + 100 * np.sin(x / 40 + k) * np.cos(y / 55 - k) for k in range(3)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    """A test's runs have ended with it: their locks, one open file each, do not add up in this process."""
+    yield
+    while common.LOCKED:
+        common.LOCKED.pop().close()
