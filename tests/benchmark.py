@@ -527,7 +527,8 @@ def before(args, folder):
             figures[checkout].append(multiprocessing.get_context("spawn").Pool(1).apply(cpu_step, (name,)))
         (here, memory), (there, more) = (np.mean(pairs, axis=0) for pairs in figures.values())
         print(f"before: a step of {name}: {here:.2f} CPU-s and {memory:.0f} MB here, "
-              f"{there:.2f} CPU-s and {more:.0f} MB there: {there / here:.2f} times the time, {more / memory:.2f} times the memory", flush=True)
+              f"{there:.2f} CPU-s and {more:.0f} MB there: "
+              f"{there / here:.2f} times the time, {more / memory:.2f} times the memory", flush=True)
 
 
 def step(args, folder):
