@@ -89,7 +89,7 @@ class Stop:
 
     In the loop of a run (`.holding`) a signal is only noted in `.signal`, and `Run.until_stopped` ends the run after
     the step. Elsewhere the program ends at once: what it has finished is on disk. A second signal ends it at once too,
-    unless it comes within 3 seconds: torchrun passes on to its processes what they may have received already.
+    unless it comes within 3 seconds: torchrun repeats to its processes a signal that they have received already.
     """
 
     def __init__(self):
@@ -197,8 +197,8 @@ def rendezvous():
     """Arguments of init_process_group that say where the processes of this attempt find each other.
 
     torchrun keeps one store for all its attempts, which after a restart still holds the addresses of dead processes.
-    Process 0 therefore opens a store that ends with itself, and tells the others its port through torchrun's. A port
-    where nobody answers is a dead one's: it is looked up again.
+    Process 0 therefore opens a store that ends with itself, and tells the others its port through torchrun's. If
+    nobody answers there, the port is of a dead process, and is looked up again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -219,7 +219,7 @@ def rendezvous():
 
 @contextmanager
 def exact_products():
-    """Within, float32 products are float32: the 10 bits of TF32 are enough to train, but not to rank or to solve."""
+    """Context in which float32 products are float32: TF32's 10 bits are enough to train, not to rank or to solve."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -828,7 +828,7 @@ def center_crop(size):
 
 
 class ImageFolder:
-    """All images below a folder, in an order that no file system decides. Follows links, leaves hidden files out.
+    """All images below a folder, in the same order on every file system. Follows links, leaves hidden files out.
 
     The names lie in one buffer: ten million of them in a list of strings would grow with each loader worker.
     """
@@ -1607,7 +1607,7 @@ class Run:
             self.board.add_scalar(name, value, self.step)
 
     def console_line(self, values):
-        """epoch 3/16  step 320/512  loss 2.41  accuracy 12 %  118 images/s  1:34 left"""
+        """For example: epoch 3/16  step 320/512  loss 2.41  accuracy 12 %  118 images/s  1:34 left"""
         epoch = math.ceil(self.step / self.steps_per_epoch)
         words = [f"epoch {epoch}/{self.args.epochs}", f"step {self.step}/{self.total}"]
         for name, x in values.items():
@@ -1668,7 +1668,7 @@ def clock(seconds):
 
 
 class Progress:
-    """Prints to stderr, every ten seconds, how much of a long work is done and how long the rest will take."""
+    """Prints to stderr, every ten seconds, how much of a long task is done and how long the rest will take."""
 
     def __init__(self, what, total):
         self.what, self.total, self.start = what, total, time.perf_counter()
@@ -1747,7 +1747,7 @@ def make_files(label, count, path, write, device):
 
 @contextmanager
 def evaluating(network):
-    """Within, the network is in eval mode, everywhere with the running statistics of process 0, as in a checkpoint."""
+    """Context in which the network is in eval mode, in all processes with the running statistics of process 0."""
     training = network.training
     network.eval()
     for buffer in network.buffers() if world_size() > 1 else ():

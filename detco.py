@@ -123,7 +123,7 @@ class Encoder(nn.Module):
 
 @contextmanager
 def frozen_running_statistics(backbone):
-    """Within, BN normalizes by its batch as usual, but leaves its running statistics alone.
+    """Context in which BN normalizes by its batch as usual, but leaves its running statistics alone.
 
     They are for whole images, and nine patches an image would make up most of them.
     """

@@ -31,7 +31,7 @@ def decode(segmentation, size):
 
 
 def inside(polygon, size):
-    """The pixels whose centers lie within a polygon (x1, y1, x2, y2, ...), by the even-odd rule -> [H, W] bool."""
+    """[H, W] bool: the pixels whose centers lie in a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
     x, y = np.reshape(polygon, (-1, 2)).T.astype(float)
     dx, dy, center = np.roll(x, -1) - x, np.roll(y, -1) - y, np.arange(size[1]) + 0.5
     edge, row = np.nonzero((y[:, None] <= center) != ((y + dy)[:, None] <= center))  # which edge crosses which row
@@ -42,8 +42,10 @@ def inside(polygon, size):
 
 
 def unpack(text):
-    """COCO's packed run lengths: numbers of 5 bits a character, lowest first, each but the first three relative to the
-    one two before it."""
+    """The counts in COCO's packed run lengths: 5 bits a character, lowest first.
+
+    From the fourth on, a number is the difference to the count two before.
+    """
     counts, place = [], 0
     while place < len(text):
         value, shift, more = 0, 0, True

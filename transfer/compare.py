@@ -140,7 +140,7 @@ def tasks(args, method, seed):
 
 
 class Progress:
-    """Tells what is done, and how long the rest will take, by how long its like has taken."""
+    """Prints what is done, and the time left by how long tasks of the same kind have taken."""
 
     def __init__(self, kinds, jobs):
         self.left, self.total, self.jobs, self.took, self.lock = list(kinds), len(kinds), jobs, {}, Lock()
@@ -158,7 +158,7 @@ class Progress:
 
 
 def work(args, method, seed, progress):
-    """All tasks of one network. Ends the program when one of them fails, with the last line that it said."""
+    """Do all tasks of one network. If one fails, returns a message with the last line that it printed, else None."""
     out = args.out / f"{method}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     alone = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
@@ -204,7 +204,7 @@ def figures(args, method, seed):
 
 
 def report(args, methods):
-    """table.md and chart.png; returns the table."""
+    """Write table.md and chart.png, and return the table."""
     rows = {}
     for method in methods:
         seeds = [figures(args, method, seed) for seed in range(args.seeds)]

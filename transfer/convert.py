@@ -27,7 +27,7 @@ PARTS = ("online", "query", "target", "key")
 
 
 def read(path, part="online"):
-    """One network of a file -> (its tensors in our names, the common.Weights). Exits with 2 when the file lacks it."""
+    """(tensors of one network of a file, in our names; the common.Weights). Exits with 2 if the file lacks it."""
     weights = common.read_weights(path)
     tensors = weights.target if part in ("target", "key") else weights.online
     if not tensors:
@@ -42,8 +42,9 @@ def resnet_name(name):
 
 
 def torchvision_name(name, lowest=2):
-    """In torchvision's detectors; None for what they have no place for. lowest: the pyramid's first level, 3 in
-    RetinaNet and FCOS, whose blocks count from there.
+    """The name in torchvision's detectors, or None if they have no place for it.
+
+    lowest: the pyramid's first level, 3 in RetinaNet and FCOS, whose blocks count from there.
     """
     part, _, rest = name.partition(".")
     if part == "fpn":
@@ -56,8 +57,10 @@ def torchvision_name(name, lowest=2):
 
 
 def detectron2_name(name, modules=common.modules(common.DETECTRON2)):
-    """In Detectron2's models, less the prefix in which they differ: `backbone.` or `backbone.bottom_up.`, and
-    `roi_heads.` of res5 in a C4 detector. Its checkpointer matches by the end of a name.
+    """The name in Detectron2's models, or None, without the prefixes in which they differ.
+
+    These are `backbone.` or `backbone.bottom_up.`, and `roi_heads.` of res5 in a C4 detector. Detectron2's checkpointer
+    matches names by their ends.
     """
     if not (prefix := common.longest_prefix(name, modules)):
         return None
@@ -76,7 +79,7 @@ def convert(tensors, to):
 
 
 def write(path, tensors, to):
-    """The tensors as a file: a dict for torch.load, or what Detectron2's checkpointer expects of a .pkl."""
+    """Write the tensors: as a dict for torch.load, or as what Detectron2's checkpointer expects of a .pkl."""
     with common.atomic_write(path) as file:
         if to == "detectron2":
             content = {"model": {name: x.numpy() for name, x in tensors.items()},
@@ -91,7 +94,7 @@ def write(path, tensors, to):
 # --- What the other scripts start from -------------------------------------------------------------------------------
 
 def add_init(parser):
-    """The flags --init, --part and --arch."""
+    """Add the flags --init, --part and --arch."""
     add = parser.own.add_argument
     add("--init", required=True, metavar="WHAT",
         help="last.pt of one of the five methods; what the authors of MoCo, DetCo or SoCo released; torchvision's "
@@ -104,10 +107,10 @@ def add_init(parser):
 
 
 def initial(args, taken=("backbone",)):
-    """What --init names -> (its tensors in our names, the settings of its run), both empty for random.
+    """(tensors in our names, settings of their run) of what --init names; both empty for random.
 
-    Says what the file is and which of its parts are none of `taken` and so have no place. Fills in --arch, or exits
-    with 2 when the file is of another. The file's checksum is a setting of the run: the file may move.
+    Prints what the file is and which parts, not being among `taken`, have no place. Fills in --arch, or exits with 2 if
+    the file is of another. The file's checksum becomes a setting of the run: the file may move.
     """
     if args.init in ("random", "random0"):
         args.arch, args.init_checksum = args.arch or "resnet50", args.init
@@ -138,7 +141,7 @@ def backbone(args, norm_layer=None):
 
 
 def detectron2_settings(arch):
-    """What a Detectron2 configuration says of an --arch."""
+    """The settings of a Detectron2 configuration for an --arch, as text."""
     with torch.device("meta"):
         network = common.resnet(arch)
     depth, stem = int(re.match(r"resnex?t(\d+)", arch)[1]), network.conv1.out_channels

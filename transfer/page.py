@@ -1,4 +1,4 @@
-"""What look.py lays its pages out with: pictures beside each other, titles, boxes, charts."""
+"""Pictures, titles, boxes and charts, laid out on a page."""
 import math
 
 import numpy as np
@@ -16,7 +16,7 @@ def picture(x, side=SIDE):
 
 
 def lay(pictures, down=False, gap=8):
-    """Pictures beside each other, or below, on white."""
+    """Pictures side by side, or with `down` below each other, on white."""
     pictures = list(pictures)
     ends = np.cumsum([p.size[down] + gap for p in pictures])
     across = max(p.size[not down] for p in pictures)
@@ -52,7 +52,7 @@ def boxed(image, boxes, colors, labels=()):
 
 
 def ticks(values):
-    """Some six round numbers that enclose the values."""
+    """About six round numbers that span the values."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * abs(high):
         low, high = low - 0.5, high + 0.5
@@ -62,7 +62,7 @@ def ticks(values):
 
 
 def chart(title, lines, below):
-    """lines: {name: (x, y)}, over axes that end in ticks; below: what x is."""
+    """A chart of lines {name: (x, y)}; below: the name of the x axis."""
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")  # twice as large, for smooth lines
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)

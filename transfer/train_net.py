@@ -43,17 +43,19 @@ except ImportError as error:
 # --- A share of COCO -------------------------------------------------------------------------------------------------
 
 def parse_subset(name):
-    """`coco_2017_train_5percent` -> ("coco_2017_train", 5, 0), with `_seed3` at the end ("coco_2017_train", 5, 3); None
-    for the name of a whole data set."""
+    """("coco_2017_train", 5, 3), the whole, the percentage and the seed, of `coco_2017_train_5percent_seed3`.
+
+    Without `_seed3` the seed is 0. None for the name of a whole data set.
+    """
     match = re.fullmatch(r"(.+)_(\d+)percent(?:_seed(\d+))?", name)
     return match and (match[1], int(match[2]), int(match[3] or 0))
 
 
 def draw(records, percent, seed):
-    """That percentage of the records, rounded, in their order: those whose (seed, image_id) hashes lowest.
+    """The records whose (seed, image_id) hashes lowest: that percentage of them, rounded, in their order.
 
-    records: dicts with an `image_id`, one an image with its annotations. A hash has no stream that may change with a
-    library's version: every machine draws the same images, in whatever order they come, and the 1 % are among the 2 %.
+    records: dicts with an `image_id`, one an image with its annotations. A hash does not change with a library's
+    version: every machine draws the same images, in whatever order they come, and the 1 % are among the 2 %.
     """
     rank = lambda record: hashlib.sha256(f"{seed} {record['image_id']}".encode()).digest()
     count = round(len(records) * percent / 100)
@@ -62,7 +64,7 @@ def draw(records, percent, seed):
 
 
 def register_subset(name):
-    """Make Detectron2 know the data set of this name, where `parse_subset` knows it and Detectron2 does not."""
+    """Make Detectron2 know the data set of this name, if `parse_subset` knows it and Detectron2 does not."""
     if name in DatasetCatalog.list() or not parse_subset(name):
         return
     whole, percent, seed = parse_subset(name)
@@ -72,7 +74,7 @@ def register_subset(name):
 
 
 def check_data(cfg):
-    """Exit with 2 when a data set's files are not there."""
+    """Exit with 2 if files of a data set are missing."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         for kind in ("json_file", "image_root", "dirname", "image_dir", "gt_dir"):
@@ -82,7 +84,7 @@ def check_data(cfg):
 
 
 def mend_evaluators():
-    """Names that the packages which read a data set, or evaluate on it, use, and that are gone."""
+    """Put back names that packages which read or evaluate a data set use, and that newer libraries have dropped."""
     # lvis 0.5.3 uses np.float, gone since NumPy 1.24; cityscapesscripts 2.3.0 np.in1d, gone since NumPy 2.4.
     for name, instead in {"float": float, "in1d": np.isin}.items():
         if name not in np.__dict__:
@@ -106,8 +108,10 @@ def mend_evaluators():
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 def check_weights(cfg):
-    """Exit with 2 when MODEL.WEIGHTS holds SoCo's box head and the configuration has another, into which its linear
-    layer would go without the convolutions before it."""
+    """Exit with 2 if MODEL.WEIGHTS has SoCo's box head and the configuration another.
+
+    SoCo's linear layer would fit into that one, without the convolutions before it.
+    """
     path = Path(cfg.MODEL.WEIGHTS)
     plain_head = cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads" and cfg.MODEL.ROI_BOX_HEAD.NUM_CONV == 0
     if plain_head and path.is_file() and b"box_head.conv1.weight" in path.read_bytes():
@@ -117,7 +121,7 @@ def check_weights(cfg):
 
 @contextmanager
 def filling(model, weights):
-    """Exits with 2 when the backbone is afterwards as it was: names that it does not know, Detectron2 passes over."""
+    """Context in which weights are loaded. Exits with 2 if the backbone stays as before: unknown names are ignored."""
     tensors = {name: x for name, x in model.state_dict().items() if "backbone" in name and x.ndim == 4}
     before = {name: x.clone() for name, x in tensors.items()}
     yield
@@ -128,7 +132,7 @@ def filling(model, weights):
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 class Res5NormROIHeads(Res5ROIHeads):
-    """The C4 detector's head with one more BN after stage 5 (MoCo A.1); new, so no checkpoint has it."""
+    """The C4 detector's head with another BN after stage 5 (MoCo A.1), which is new: no checkpoint has it."""
 
     @classmethod
     def _build_res5_block(cls, cfg):
@@ -138,7 +142,7 @@ class Res5NormROIHeads(Res5ROIHeads):
 
 
 def build_fcos_resnet_fpn_backbone(cfg, input_shape):
-    """RetinaNet's pyramid, but P6 made from P5, not from c5: FCOS's."""
+    """FCOS's pyramid: RetinaNet's, but with P6 made from P5 instead of c5."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(build_resnet_backbone(cfg, input_shape), cfg.MODEL.FPN.IN_FEATURES, channels, norm=cfg.MODEL.FPN.NORM,
                top_block=LastLevelP6P7(channels, channels, in_feature="p5"), fuse_type=cfg.MODEL.FPN.FUSE_TYPE)
