@@ -991,26 +991,9 @@ class Shapes:
         classes = [i % kinds] if self.single else rng.integers(kinds, size=rng.integers(1, 6))
         image = self.ground(rng, x, y)
         masks, areas = np.zeros((len(classes), size, size), bool), np.zeros(len(classes))
-        formulas = list(SHAPE_CLASSES.values())
         for n, kind in enumerate(classes):
-            outline, pattern = formulas[kind]
-            radius = size * (rng.uniform(0.32, 0.46) if self.single else rng.uniform(0.1, 0.28))
-            cx, cy = rng.uniform(0.85 * radius, size - 0.85 * radius, 2)
-            tilt, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
-            gray = rng.uniform(20, 235)
-            colors = np.stack([color(rng, gray), color(rng, (gray + rng.uniform(85, 170)) % 255)])
-            span = 1.3 * radius
-            rows = slice(max(0, int(cy - span)), int(cy + span) + 1)
-            columns = slice(max(0, int(cx - span)), int(cx + span) + 1)
-            dx, dy = (x[:, columns] - cx) / radius, (y[rows] - cy) / radius
-            u = (dx * np.cos(tilt) + dy * np.sin(tilt)) * stretch
-            v = (dy * np.cos(tilt) - dx * np.sin(tilt)) / stretch
-            place = u, v, np.hypot(u, v), np.arctan2(v, u) + np.pi / 2  # polygons and stars stand on their base
-            alpha = np.clip(0.5 - outline(*place) * radius, 0, 1)[..., None]  # an edge one pixel wide
-            mix = np.clip(0.5 + 3 * pattern(*place), 0, 1)[..., None]
-            image[rows, columns] += alpha * (colors[0] * (1 - mix) + colors[1] * mix - image[rows, columns])
-            inside = alpha[..., 0] > 0.5
-            masks[:n, rows, columns] &= ~inside
+            rows, columns, inside = self.paint(image, rng, x, y, *list(SHAPE_CLASSES.values())[kind])
+            masks[:n, rows, columns] &= ~inside  # it hides what was painted before
             masks[n, rows, columns] = inside
             areas[n] = inside.sum()
         image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
@@ -1029,6 +1012,25 @@ class Shapes:
             wave = rng.normal(0, 10 / self.size, 2)
             image = image + np.sin(x * wave[0] + y * wave[1] + rng.uniform(0, 6))[..., None] * rng.uniform(-25, 25, 3)
         return image
+
+    def paint(self, image, rng, x, y, outline, pattern):
+        """Paint an object into `image`: returns the rows and columns that it spans, and its mask within them."""
+        radius = self.size * (rng.uniform(0.32, 0.46) if self.single else rng.uniform(0.1, 0.28))
+        cx, cy = rng.uniform(0.85 * radius, self.size - 0.85 * radius, 2)
+        tilt, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
+        gray = rng.uniform(20, 235)
+        colors = np.stack([color(rng, gray), color(rng, (gray + rng.uniform(85, 170)) % 255)])
+        span = 1.3 * radius
+        rows = slice(max(0, int(cy - span)), int(cy + span) + 1)
+        columns = slice(max(0, int(cx - span)), int(cx + span) + 1)
+        dx, dy = (x[:, columns] - cx) / radius, (y[rows] - cy) / radius
+        u = (dx * np.cos(tilt) + dy * np.sin(tilt)) * stretch
+        v = (dy * np.cos(tilt) - dx * np.sin(tilt)) / stretch
+        place = u, v, np.hypot(u, v), np.arctan2(v, u) + np.pi / 2  # polygons and stars stand on their base
+        alpha = np.clip(0.5 - outline(*place) * radius, 0, 1)[..., None]  # an edge one pixel wide
+        mix = np.clip(0.5 + 3 * pattern(*place), 0, 1)[..., None]
+        image[rows, columns] += alpha * (colors[0] * (1 - mix) + colors[1] * mix - image[rows, columns])
+        return rows, columns, alpha[..., 0] > 0.5
 
     def draw_all(self):
         """Draw all pictures now, on all cores, into memory that workers share: `.pictures`, `.boxes`, `.classes` and
