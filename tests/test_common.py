@@ -349,7 +349,7 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
     assert torch.equal(*draws) and not torch.equal(draws[0], torch.rand(5))
 
 
-def synchronised(x, first):
+def synchronized(x, first):
     """Statistics and gradients of a batch x whose first `first` rows are process 0's."""
     torch.manual_seed(0)
     norm = common.SyncBatchNorm(x.shape[1]).double()
@@ -363,9 +363,9 @@ def synchronised(x, first):
     return y.detach().numpy(), mine.grad.numpy(), norm.running_mean.numpy(), norm.running_var.numpy()
 
 
-def test_synchronised_bn_of_uneven_batches_is_bn_of_them_all():
+def test_synchronized_bn_of_uneven_batches_is_bn_of_them_all():
     x = np.random.default_rng(0).normal(1, 2, (7, 3, 4, 4))
-    one, two = synchronised(x, 5), in_processes(2, synchronised, x, 5)
+    one, two = synchronized(x, 5), in_processes(2, synchronized, x, 5)
     for k in (0, 1):
         assert np.allclose(np.concatenate([two[0][k], two[1][k]]), one[k], atol=1e-12)
     for k in (2, 3):

@@ -95,7 +95,7 @@ def test_a_base_exists_and_every_chain_ends_in_base_all(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_images_are_rgb_and_every_layer_is_trained_with_synchronised_bn(name):
+def test_images_are_rgb_and_every_layer_is_trained_with_synchronized_bn(name):
     keys = resolved(name)
     assert keys["INPUT.FORMAT"] == "RGB" and keys["MODEL.BACKBONE.FREEZE_AT"] == 0
     assert keys["MODEL.RESNETS.NORM"] == "SyncBN" and keys["MODEL.RESNETS.STRIDE_IN_1X1"] is False

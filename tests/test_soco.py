@@ -357,7 +357,7 @@ def gradients():
     return loss.item(), grads, [b.numpy() for b in model.buffers()]
 
 
-def test_two_processes_equal_one_by_synchronised_batchnorm():
+def test_two_processes_equal_one_by_synchronized_batchnorm():
     loss, alone, buffers = gradients()
     results = in_processes(2, gradients)
     assert np.mean([r[0] for r in results]) == pytest.approx(loss, abs=1e-6)
