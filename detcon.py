@@ -37,7 +37,7 @@ PAPER = dict(  # S on ImageNet; lr is for batch_size: 0.3 per 256
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
 # With one global mask DetCon is SimCLR (S) or a contrastive BYOL (B). Eq. 3 counts a region once, so that M draws of
-# one region divide the gradient by M. LARS makes up for that in weights, but not in BN and biases (Table 4 a: 16).
+# one region divide the gradient by M. LARS makes up for that in weights, but not in BN and biases. Table 4 a takes 16.
 GRID1 = dict(num_masks=1)
 B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
 
