@@ -15,12 +15,10 @@ code is 2. Prints what was not good, and a table. All but torchrun's processes a
 torch. Trial k of a seed is always the same one, up to the moment at which the machine is interrupted.
 """
 import argparse
-import atexit
 import io
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -29,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -37,7 +34,7 @@ import torch
 import torchvision.models.detection  # noqa: F401  what the runs will import
 from PIL import Image
 
-from conftest import ROOT, rows, weights, without_speed, write_pictures, write_scenes
+from conftest import ROOT, fork, rows, script, weights, without_speed, write_pictures, write_scenes
 import common
 
 COUNTS = {"kills": 50, "signals": 20, "restarts": 20, "files": 1000, "commands": 300}
@@ -49,53 +46,14 @@ RUNS = {"moco.py": [*TINY, "--queue", "64", "--knn", "pictures"], "detco.py": [*
                                "--size", "64", "64", "--rois", "16", "--batch-size", "4"]}
 
 
-def script(name, argv):
-    """Run a script of the repository as the command line does, to the end of this process."""
-    sys.argv = [name, *argv]
-    code = 0
-    try:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException as error:
-        try:
-            sys.excepthook(type(error), error, error.__traceback__)
-            code = 1
-        except SystemExit as stop:
-            code = stop.code
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def fork(log, function, *args):
-    """Start function(*args) in a process group of its own, its output in the file `log` -> its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-    try:
-        function(*args)
-    except BaseException:
-        traceback.print_exc()
-    os._exit(1)
-
-
-def end(pid, timeout=900):
+def end(process, timeout=900):
     """Wait for a process -> its exit code, minus the signal that killed it, or "hung"."""
-    late = time.monotonic() + timeout
-    while time.monotonic() < late:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "hung"
+    process.join(timeout)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return "hung"
+    return process.exitcode
 
 
 def result(out):
@@ -129,7 +87,7 @@ def references(start):
 
 
 def alone(name, argv, out):
-    return end(fork(f"{out}.log", script, name, argv)), [f"{out}.log"]
+    return end(fork(f"{out}.log", script, name, *argv)), [f"{out}.log"]
 
 
 def disturb(trials, numbers):
@@ -141,10 +99,11 @@ def disturb(trials, numbers):
         out, codes = f"run-{k}", []
         argv = [*RUNS[name], "--out", out, "--workers", rng.choice(["0", "2"])]
         for _ in range(rng.randint(1, 3)):
-            pid, number = fork(f"{out}.log", script, name, argv), rng.choice(numbers)
+            process, number = fork(f"{out}.log", script, name, *argv), rng.choice(numbers)
             time.sleep(rng.uniform(0.2, took))
-            (os.kill if number == signal.SIGKILL and rng.random() < 0.5 else os.killpg)(pid, number)
-            codes.append(end(pid))
+            if process.is_alive():
+                (os.kill if number == signal.SIGKILL and rng.random() < 0.5 else os.killpg)(process.pid, number)
+            codes.append(end(process))
             if codes[-1] not in (0, -number, 128 + number):
                 break
         else:
@@ -176,6 +135,15 @@ def torchrun(name, argv, out, nodes=1):
     return launchers, folders
 
 
+def end_launcher(launcher):
+    """Its exit code, or "hung" after five minutes."""
+    try:
+        return launcher.wait(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        return launcher.wait() and "hung"
+
+
 def workers_logs(folders):
     """What the processes have printed, without their launchers, whose tracebacks of the dead are torchrun's own."""
     return [path for folder in folders for path in Path(folder).rglob("*.log")]
@@ -183,7 +151,7 @@ def workers_logs(folders):
 
 def together(name, argv, out):
     (launcher,), folders = torchrun(name, argv, out)
-    return end(launcher.pid), workers_logs(folders)
+    return launcher.wait(), workers_logs(folders)
 
 
 def restarts(trials):
@@ -192,16 +160,16 @@ def restarts(trials):
         name, nodes, out = list(RUNS)[k % len(RUNS)], 1 + k // len(RUNS) % 2, f"run-{k}"
         reference, took = found[name]
         launchers, folders = torchrun(name, [*RUNS[name], "--out", out, "--workers", "0"], out, nodes)
-        launchers, victims = [launcher.pid for launcher in launchers], []
+        pids, victims = [launcher.pid for launcher in launchers], []
         moment = time.monotonic() + rng.uniform(1, took)
         while time.monotonic() < moment or not victims:
             time.sleep(0.05)
-            victims = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent(pid) in launchers]
+            victims = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent(pid) in pids]
             if time.monotonic() > moment + took:
                 break
         if victims:
             os.kill(rng.choice(victims), signal.SIGKILL)
-        codes = [end(pid, timeout=300) for pid in launchers]
+        codes = [end_launcher(launcher) for launcher in launchers]
         how = verdict(out, workers_logs(folders), next(filter(None, codes), 0), reference)
         yield f"{name} on {nodes} nodes {codes}, {Path(out).resolve()}", how
 
@@ -266,7 +234,7 @@ def right_commands():
     for part in ("train", "val"):
         write_scenes(Path("maps", part), 8)
         maps = [f"maps/{part}/{name}" for name in ("annotations.json", "images", "labels")]
-        end(fork("maps.log", script, "transfer/coco_masks.py", ["--labels", *maps]))
+        end(fork("maps.log", script, "transfer/coco_masks.py", "--labels", *maps))
     Path("garbage").write_bytes(random.Random(0).randbytes(5000))
     Path("empty").mkdir()
     scenes = ["scenes/images", "scenes/annotations.json"]
@@ -302,7 +270,7 @@ def commands(trials):
                 argv[place] = rng.choice(WRONG)
             log = Path(f"command-{k}.log")
             log.unlink(missing_ok=True)
-            code = end(fork(log, script, name, argv), timeout=120)
+            code = end(fork(log, script, name, *argv), timeout=120)
         said = log.read_text()
         lines = [line for line in said.splitlines() if "error:" in line]
         good = code == 2 and len(lines) == 1 and "Traceback" not in said
@@ -311,7 +279,7 @@ def commands(trials):
 
 def flags(name, argv):
     """All flags of a script, by its --help."""
-    end(fork("help.log", script, name, [*argv, "--help"]))
+    end(fork("help.log", script, name, *argv, "--help"))
     said = Path("help.log").read_text()
     Path("help.log").unlink()
     return sorted(set(re.findall(r"--[a-z][a-z-]+", said)))

@@ -1,6 +1,11 @@
-"""What the tests share: the modules on the path, processes that talk over gloo, a folder of pictures."""
+"""What the tests share: the modules on the path, processes that are forked (so that none imports torch again), and
+folders of pictures.
+"""
+import atexit
 import json
 import os
+import runpy
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -29,7 +34,7 @@ def _member(rank, world, port, function, args, results):
     torch.set_num_threads(1)
     common.init_distributed()
     results[rank] = function(*args)
-    common.dist.destroy_process_group()
+    common.finish()
 
 
 def in_processes(world, function, *args):
@@ -37,10 +42,67 @@ def in_processes(world, function, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with mp.Manager() as manager:
+    with mp.get_context("fork").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_member, (world, port, function, args, results), nprocs=world)
+        mp.start_processes(_member, (world, port, function, args, results), nprocs=world, start_method="fork")
         return [results[rank] for rank in range(world)]
+
+
+def exit_code(module, *argv):
+    """module.main() as the command line runs it, to its end; leaves sys.argv changed."""
+    sys.argv = [f"{module.__name__}.py", *map(str, argv)]
+    try:
+        module.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def in_two_processes(module, *argv):
+    """The exit codes of module.main() in two processes that find each other as torchrun's do."""
+    return in_processes(2, exit_code, module, *argv)
+
+
+def _child(log, function, args):
+    os.setsid()
+    atexit._clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    sys.excepthook = sys.__excepthook__
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        function(*args)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+        except SystemExit as stop:
+            code = stop.code
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def fork(log, function, *args):
+    """Start function(*args) as a program of its own, in a process group of its own, its output in the file `log` -> the
+    process. It ends with the exit code that a new Python would give; its signals are those of a new Python.
+    """
+    process = mp.get_context("fork").Process(target=_child, args=(log, function, args))
+    process.start()
+    return process
+
+
+def script(name, *argv):
+    """Run a script of the repository as the command line does: for `fork`."""
+    sys.argv = [name, *map(str, argv)]
+    runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
 def write_pictures(folder, count, size=40, seed=0):
@@ -94,12 +156,8 @@ def write_checkpoint(path, method, model, arch):
 
 def run_script(module, monkeypatch, *argv):
     """module.main() as the command line runs it; gives the exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
-    try:
-        module.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    monkeypatch.setattr(sys, "argv", sys.argv)  # and so put back
+    return exit_code(module, *argv)
 
 
 def rows(out):

@@ -1,7 +1,5 @@
 """transfer/coco_masks.py: COCO's annotations as masks."""
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from pycocotools import mask as rle
 
 import common
 import detcon
-from conftest import ROOT, runs
+from conftest import run_script, runs
 from transfer import coco_masks
 
 
@@ -62,7 +60,7 @@ def test_polygons_are_filled_as_pycocotools_does(radius):
     assert np.mean(overlap) > {5: 0.85, 12: 0.93, 40: 0.98}[radius], np.mean(overlap)
 
 
-def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):
+def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "images" / "a").mkdir(parents=True)
     for name in ("a/1.jpg", "2.jpg"):
         Image.new("RGB", (30, 20)).save(tmp_path / "images" / name)
@@ -74,9 +72,9 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):
                           {"id": 8, "file_name": "2.jpg", "width": 30, "height": 20}],
              "annotations": [annotation(one), annotation(two), annotation(~two, crowd=1)]}
     (tmp_path / "annotations.json").write_text(json.dumps(dataset))
-    command = [sys.executable, str(ROOT / "transfer" / "coco_masks.py"), str(tmp_path / "annotations.json"),
-               str(tmp_path / "images"), str(tmp_path / "masks")]
-    assert "1 images have no object" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    places = [tmp_path / name for name in ("annotations.json", "images", "masks")]
+    assert run_script(coco_masks, monkeypatch, *places) == 0
+    assert "1 images have no object" in capsys.readouterr().out
     source = common.ImageFolder(tmp_path / "images")
     i = [source.name(k) for k in range(2)].index("a/1.jpg")
     mask = detcon.read_mask(source.image(i), tmp_path / "masks", source)
@@ -89,10 +87,11 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path):
                                    "segmentation": {"size": [20, 30], "counts": runs(np.ones((20, 30), bool))},
                                    "area": 600})
     (tmp_path / "annotations.json").write_text(json.dumps(dataset))
-    subprocess.run([*command[:2], "--labels", *command[2:4], str(tmp_path / "labels")], check=True)
+    assert run_script(coco_masks, monkeypatch, "--labels", *places[:2], tmp_path / "labels") == 0
     label = np.asarray(Image.open(tmp_path / "labels" / "a" / "1.png"))
     assert label.dtype == np.uint8 and np.array_equal(label, np.where(one, 2, 1))         # the small one lies on top
     assert not np.asarray(Image.open(tmp_path / "labels" / "2.png")).any()
     (tmp_path / "annotations.json").write_text("{}")
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 2 and "no file of COCO instances" in failed.stderr and failed.stderr.count("\n") == 1
+    assert run_script(coco_masks, monkeypatch, *places) == 2
+    error = capsys.readouterr().err
+    assert "no file of COCO instances" in error and error.count("\n") == 1

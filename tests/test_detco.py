@@ -1,6 +1,5 @@
 """DetCo: patches against a known picture, the three contrasts against slow formulas, MoCo v2 as its special case."""
 import math
-import subprocess
 import sys
 from functools import partial
 
@@ -13,7 +12,7 @@ from PIL import Image
 import common
 import detco
 import moco
-from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
+from conftest import in_processes, in_two_processes, rows, run_script, weights, without_speed
 
 run = partial(run_script, detco)
 TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2, size=64)
@@ -243,12 +242,9 @@ def test_a_run_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
         assert picture.width > 500 and picture.height > 1000
 
 
-def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "detco.py")]
+def test_two_processes_train_and_one_goes_on(pictures, tmp_path, monkeypatch):
     plan = arguments(pictures, tmp_path, "--epochs", 2)
-    done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert in_two_processes(detco, *plan, "--max-steps", 7) == [0, 0]
     assert run(monkeypatch, *plan) == 0
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
 

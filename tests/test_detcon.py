@@ -1,6 +1,5 @@
 """DetCon: the loss against a slow version, masks against painted pictures, the script as a user runs it."""
 import math
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 import common
 import detcon
-from conftest import ROOT, in_processes, rows, run_script, weights, without_speed, write_pictures
+from conftest import in_processes, in_two_processes, rows, run_script, weights, without_speed, write_pictures
 
 run = partial(run_script, detcon)
 
@@ -449,12 +448,9 @@ def test_masks_made_before_are_not_made_again(pictures, tmp_path, monkeypatch):
     assert files[0].exists() and np.asarray(Image.open(files[1])).min() == 77
 
 
-def test_two_processes_make_masks_and_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "detcon.py")]
+def test_two_processes_make_masks_and_train_and_one_goes_on(pictures, tmp_path, monkeypatch):
     plan = arguments(pictures, tmp_path, "--epochs", 2)
-    done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert in_two_processes(detcon, *plan, "--max-steps", 7) == [0, 0]
     assert run(monkeypatch, *plan) == 0
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))

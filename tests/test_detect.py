@@ -1,7 +1,6 @@
 """transfer/detect.py: targets, filling from a checkpoint, AP, and runs of torchvision's detectors."""
 import argparse
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +12,8 @@ from PIL import Image
 import common
 import moco
 import soco
-from conftest import ROOT, in_processes, rows, run_script, weights, without_speed, write_checkpoint, write_scenes
+from conftest import (in_processes, in_two_processes, rows, run_script, weights, without_speed, write_checkpoint,
+                      write_scenes)
 from transfer import coco, convert, detect
 
 ARCH = "resnet18w0.25"
@@ -164,12 +164,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(scenes, tmp_path, monkeypatc
     assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "parts"))
 
 
-def test_two_processes_train_under_torchrun_and_one_goes_on(scenes, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "transfer" / "detect.py")]
+def test_two_processes_train_and_one_goes_on(scenes, tmp_path, monkeypatch):
     plan = arguments(scenes, tmp_path, "--eval-every", 1)
-    done = subprocess.run([*command, *map(str, plan), "--max-steps", "4"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert in_two_processes(detect, *plan, "--max-steps", 4) == [0, 0]
     assert run(monkeypatch, *plan) == 0
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [1, 2, 3, 3, 4, 5, 6, 6] and "AP" in log[3] and "AP" in log[-1]

@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import torch
 import torch.multiprocessing as mp
 
 import common
-from conftest import ROOT, in_processes, rows, weights, without_speed, write_pictures
+import moco
+from conftest import fork, in_processes, rows, run_script, script, weights, without_speed, write_pictures
 
 TINY = ["--arch", "resnet18w0.25", "--size", "32", "--batch-size", "32", "--queue", "64", "--epochs", "30",
         "--print-every", "1"]
@@ -22,22 +24,20 @@ TINY = ["--arch", "resnet18w0.25", "--size", "32", "--batch-size", "32", "--queu
 
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
-def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_as_if_nothing_had_been(pictures, tmp_path):
-    def start(out, *more):
-        places = ["--data", str(pictures), "--out", str(tmp_path / out)]
-        return subprocess.Popen([sys.executable, "-u", str(ROOT / "moco.py"), *places, *TINY, *more], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    stopped = start("stopped", "--workers", "2")
-    lines = [stopped.stdout.readline() for _ in range(3)]
+def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_as_if_nothing_had_been(pictures, tmp_path, monkeypatch):
+    plan = lambda out, *more: ["--data", pictures, "--out", tmp_path / out, *TINY, *more]
+    log = tmp_path / "stopped.txt"
+    stopped = fork(log, script, "moco.py", *plan("stopped", "--workers", 2))
+    while stopped.is_alive() and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.005)
     os.killpg(stopped.pid, signal.SIGTERM)                                   # as a cluster: workers and all
-    said = stopped.communicate(timeout=120)[0]
-    step = rows(tmp_path / "stopped")[-1]["step"]
-    assert stopped.returncode == 128 + signal.SIGTERM and len(lines) == 3 and step < 90
+    stopped.join()
+    said, step = log.read_text(), rows(tmp_path / "stopped")[-1]["step"]
+    assert stopped.exitcode == 128 + signal.SIGTERM and 3 <= step < 90
     assert said.splitlines()[-1] == f"stopped by SIGTERM, saved after step {step} of 90: the same command goes on"
     assert "Traceback" not in said
     for out in ("stopped", "whole"):
-        process = start(out, "--max-steps", str(step + 2))
-        assert "" != process.communicate(timeout=120)[0] and process.returncode == 0
+        assert run_script(moco, monkeypatch, *plan(out, "--max-steps", step + 2)) == 0
     assert without_speed(rows(tmp_path / "stopped")) == without_speed(rows(tmp_path / "whole"))
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
@@ -90,7 +90,7 @@ def test_processes_meet_although_the_launchers_store_holds_what_the_dead_have_le
         launcher.set(key, "1")                                               # nobody listens there
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(meet, (launcher.port, results), nprocs=2)
+        mp.start_processes(meet, (launcher.port, results), nprocs=2, start_method="fork")
         assert dict(results) == {0: [0, 1], 1: [0, 1]}
 
 

@@ -1,6 +1,5 @@
 """MoCo: the model against slow formulas, and the script as a user runs it."""
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from PIL import Image
 
 import common
 import moco
-from conftest import ROOT, in_processes, rows, run_script, weights, without_speed
+from conftest import ROOT, fork, in_processes, in_two_processes, rows, run_script, script, weights, without_speed
 
 run = partial(run_script, moco)
 TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2)
@@ -244,22 +243,20 @@ def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pi
         assert picture.width > 200 and picture.height > picture.width
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path, workers, monkeypatch):
-    plan = [*arguments(pictures, "OUT", "--epochs", 30, "--save-every", 4), "--workers", str(workers)]
-    command = lambda out: [sys.executable, str(ROOT / "moco.py"),
-                           *(str(tmp_path / out) if a == "OUT" else a for a in plan)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.Popen(command("whole"), env=environment)
-    process = subprocess.Popen(command("killed"), env=environment)
+def test_a_run_killed_again_and_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path, monkeypatch):
+    plan = lambda out, *more: arguments(pictures, tmp_path / out, "--epochs", 8, "--save-every", 4, *more)
     log = tmp_path / "killed" / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 21):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    saved = torch.load(tmp_path / "killed" / "last.pt", weights_only=True)
-    assert saved["step"] >= 20 and saved["step"] < 180
-    assert subprocess.run(command("killed"), env=environment).returncode == 0 and whole.wait() == 0
+    for workers, lines in ((0, 9), (2, 23)):
+        process = fork(tmp_path / "said.txt", script, "moco.py", *plan("killed", "--workers", workers))
+        while process.is_alive() and (not log.exists() or log.read_text().count("\n") < lines):
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        saved = torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"]
+        assert lines // 4 * 4 <= saved < 48
+    for out in ("killed", "whole"):
+        assert run(monkeypatch, *plan(out)) == 0
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
     assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "killed"))
@@ -336,13 +333,11 @@ def test_a_usage_error_is_one_line_and_exit_code_2(pictures, tmp_path, monkeypat
     assert (tmp_path / "file").read_text() == "something"
 
 
-def test_a_batch_that_does_not_divide_over_the_processes_is_a_usage_error(pictures, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "moco.py")]
-    done = subprocess.run([*command, *arguments(pictures, tmp_path), "--batch-size", "15"], capture_output=True,
-                          text=True)
-    assert done.returncode != 0
-    assert done.stderr.count("moco.py: error: --batch-size 15 does not divide over 2 processes: take 16") == 1
+def test_a_batch_that_does_not_divide_over_the_processes_is_a_usage_error(pictures, tmp_path, capfd):
+    assert in_two_processes(moco, *arguments(pictures, tmp_path), "--batch-size", "15") == [2, 2]
+    says = "moco.py: error: --batch-size 15 does not divide over 2 processes: take 16\n"
+    error = capfd.readouterr().err
+    assert error.count("error:") == 1 == error.count(says)
 
 
 def test_a_folder_with_another_run_or_a_damaged_one_is_refused_and_kept(pictures, tmp_path, monkeypatch, capsys):

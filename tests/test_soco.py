@@ -4,7 +4,6 @@ import math
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,7 +20,8 @@ from PIL import Image
 
 import common
 import soco
-from conftest import ROOT, in_processes, rows, run_script, weights, without_speed, write_pictures
+from conftest import (exit_code, fork, in_processes, in_two_processes, rows, run_script, script, weights, without_speed,
+                      write_pictures)
 
 run = partial(run_script, soco)
 SIZES = [64, 64, 32, 54]
@@ -482,32 +482,31 @@ def test_a_bad_proposals_file_is_refused_in_one_line_that_says_what_is_wrong(fol
 
 
 def prepare(data, out):
-    return [sys.executable, str(ROOT / "soco.py"), "--data", str(data), "--prepare", "--proposals", str(out / "p.npz"),
-            "--out", str(out)]
+    return ["--data", data, "--prepare", "--proposals", out / "p.npz", "--out", out]
 
 
-def test_proposals_whose_making_was_killed_are_finished_without_doing_work_again(tmp_path):
-    data = write_pictures(tmp_path / "data", 70 * 12, size=120)
+def test_proposals_whose_making_was_killed_are_finished_without_doing_work_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(soco, "PART", 12)
+    data = write_pictures(tmp_path / "data", 100, size=120)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     parts = lambda: list(killed.glob("*.parts/*.npz"))
-    process = subprocess.Popen(prepare(data, killed), stdout=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and len(parts()) < 3:
-        time.sleep(0.005)
+    process = fork(tmp_path / "said.txt", exit_code, soco, *prepare(data, killed))
+    while process.is_alive() and len(parts()) < 3:
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(parts()) >= 3 and not (killed / "p.npz").exists()
+    process.join()
+    assert 3 <= len(parts()) < 9 and not (killed / "p.npz").exists()
     marked = {int(part.stem): dict(np.load(part)) for part in parts()}
     for part in parts():                                               # made anew, these would not have the mark
         np.savez(part, boxes=marked[int(part.stem)]["boxes"] + 0.125, counts=marked[int(part.stem)]["counts"])
-    again = subprocess.run(prepare(data, killed), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert subprocess.run(prepare(data, whole), stdout=subprocess.DEVNULL).returncode == 0
+    for out in (killed, whole):
+        assert run(monkeypatch, *prepare(data, out)) == 0
     one, two = (dict(np.load(out / "p.npz")) for out in (whole, killed))
     for k in marked:
-        rows = slice(one["offsets"][64 * k], one["offsets"][min(64 * (k + 1), 840)])
+        rows = slice(one["offsets"][12 * k], one["offsets"][min(12 * (k + 1), 100)])
         one["boxes"][rows] += 0.125
     assert all(np.array_equal(one[name], two[name]) for name in ("boxes", "offsets", "names"))
-    assert len(one["offsets"]) == 841 and not list(killed.glob("*.parts")) and Image.open(killed / "p.png").width > 1000
+    assert len(one["offsets"]) == 101 and not list(killed.glob("*.parts")) and Image.open(killed / "p.png").width > 1000
 
 
 # --- the script ---
@@ -538,30 +537,25 @@ def test_a_run_makes_its_proposals_and_goes_on_where_it_stopped(pictures, tmp_pa
         assert picture.width > 3 * 256 and picture.height > 8 * 256
 
 
-def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path):
-    command = lambda out: [sys.executable, str(ROOT / "soco.py"),
-                           *arguments(pictures, tmp_path / out, "--epochs", 12, "--save-every", 4, "--proposals",
-                                      "random")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.Popen(command("whole"), env=environment)
-    process = subprocess.Popen(command("killed"), env=environment)
+def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path, monkeypatch):
+    plan = lambda out: arguments(pictures, tmp_path / out, "--epochs", 4, "--save-every", 4, "--proposals", "random")
+    process = fork(tmp_path / "said.txt", script, "soco.py", *plan("killed"))
     log = tmp_path / "killed" / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 15):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(command("killed"), env=environment).returncode == 0 and whole.wait() == 0
+    while process.is_alive() and (not log.exists() or log.read_text().count("\n") < 6):
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    for out in ("killed", "whole"):
+        assert run(monkeypatch, *plan(out)) == 0
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
     assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "killed"))
 
 
-def test_two_processes_make_proposals_and_train_under_torchrun_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "soco.py")]
+def test_two_processes_make_proposals_and_train_and_one_goes_on(pictures, tmp_path, monkeypatch):
     plan = arguments(pictures, tmp_path / "two", "--epochs", 2)
-    done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert in_two_processes(soco, *plan, "--max-steps", 7) == [0, 0]
     assert run(monkeypatch, *arguments(pictures, tmp_path / "one", "--prepare")) == 0
     one, two = (dict(np.load(tmp_path / out / "proposals.npz")) for out in ("one", "two"))
     assert all(np.array_equal(one[name], two[name]) for name in one)
