@@ -38,7 +38,7 @@ from conftest import ROOT, fork, rows, script, weights, without_speed, write_pic
 import common
 
 COUNTS = {"kills": 50, "signals": 20, "restarts": 20, "files": 1000, "commands": 300}
-SMALL = ["--arch", "resnet18w0.25", "--epochs", "2", "--save-every", "2", "--print-every", "1"]
+SMALL = ["--arch", "resnet18w0.25", "--epochs", "2", "--save-every", "1", "--print-every", "1"]
 TINY = [*SMALL, "--data", "pictures", "--size", "32", "--batch-size", "16"]
 RUNS = {"moco.py": [*TINY, "--queue", "64", "--knn", "pictures"], "detco.py": [*TINY, "--queue", "64"],
         "dupr.py": [*TINY, "--queue", "64"], "soco.py": [*TINY, "--hidden", "64"], "detcon.py": TINY,
@@ -297,9 +297,9 @@ def main():
     for what in args.what or COUNTS:
         folder = tempfile.mkdtemp(prefix="attack-")  # no TemporaryDirectory: a fork that ends would remove it
         os.chdir(folder)
-        write_pictures(Path("pictures", "train"), 96)
-        write_pictures(Path("pictures", "val"), 24, seed=1)
-        write_scenes("scenes", 24)
+        write_pictures(Path("pictures", "train"), 48)
+        write_pictures(Path("pictures", "val"), 12, seed=1)
+        write_scenes("scenes", 12)
         start, ends = time.monotonic(), Counter()
         count = args.count or COUNTS[what] - args.first
         trials = ((k, random.Random(f"{what} {args.seed} {k}")) for k in range(args.first, args.first + count))
