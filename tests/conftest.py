@@ -175,8 +175,8 @@ def without_speed(rows):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
-    write_pictures(root / "train", 96)
-    write_pictures(root / "val", 36, seed=1)
+    write_pictures(root / "train", 48)
+    write_pictures(root / "val", 24, seed=1)
     return root
 
 

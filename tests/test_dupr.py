@@ -358,7 +358,7 @@ def arguments(data, out, *more):
 def test_a_run_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
     plan = ["--epochs", 2]
     assert run(monkeypatch, *arguments(pictures, tmp_path / "whole", *plan)) == 0
-    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 4)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 2)) == 0
     assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--workers", 2)) == 0
     assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "parts"))
     for name, tensor in weights(tmp_path / "whole").items():
@@ -369,16 +369,16 @@ def test_a_run_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
 
 def test_two_processes_train_and_one_goes_on(pictures, tmp_path, monkeypatch):
     plan = arguments(pictures, tmp_path, "--epochs", 2)
-    assert in_two_processes(dupr, *plan, "--max-steps", 7) == [0, 0]
+    assert in_two_processes(dupr, *plan, "--max-steps", 4) == [0, 0]
     assert run(monkeypatch, *plan) == 0
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 7))
 
 
 @pytest.mark.parametrize("more", [["--augment", "moco"], ["--beta", 0, 0, 0, 0], ["--alpha", 0, 0, 0, 0],
                                   ["--amp", "bf16"],
                                   ["--augment", "rand-moves", "--augment-magnitude", 9, "--roi-size", 3]])
 def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
-    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 3, *more)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 2, *more)) == 0
 
 
 def test_temperature_is_that_of_the_main_experiments_or_of_the_ablations(pictures, monkeypatch):

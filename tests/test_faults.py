@@ -18,7 +18,7 @@ import common
 import moco
 from conftest import fork, in_processes, rows, run_script, script, weights, without_speed, write_pictures
 
-TINY = ["--arch", "resnet18w0.25", "--size", "32", "--batch-size", "32", "--queue", "64", "--epochs", "30",
+TINY = ["--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--queue", "64", "--epochs", "30",
         "--print-every", "1"]
 
 

@@ -224,14 +224,14 @@ def arguments(data, out, *more):
 def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
     plan = ["--epochs", 2, "--knn", pictures]
     assert run(monkeypatch, *arguments(pictures, tmp_path / "whole", *plan)) == 0
-    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 4)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 2)) == 0
     state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
     assert {"model", "optimizer", "epoch", "step", "method", "settings", "generators"} <= set(state)
-    assert (state["step"], state["epoch"], state["method"]) == (4, 0, "moco")
+    assert (state["step"], state["epoch"], state["method"]) == (2, 0, "moco")
     assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan)) == 0
     log = rows(tmp_path / "whole")
     assert without_speed(log) == without_speed(rows(tmp_path / "parts"))
-    assert [row["step"] for row in log if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, 7))
     assert [row["epoch"] for row in log if "knn" in row] == [0, 1, 2] and "knn" in log[0]
     assert {"epoch", "step", "loss", "lr", "images_per_s", "data_wait", "accuracy"} <= set(log[1])
     for name, tensor in weights(tmp_path / "whole").items():
@@ -244,9 +244,9 @@ def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pi
 
 
 def test_a_run_killed_again_and_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path, monkeypatch):
-    plan = lambda out, *more: arguments(pictures, tmp_path / out, "--epochs", 8, "--save-every", 4, *more)
+    plan = lambda out, *more: arguments(pictures, tmp_path / out, "--epochs", 12, "--save-every", 4, *more)
     log = tmp_path / "killed" / "log.jsonl"
-    for workers, lines in ((0, 9), (2, 23)):
+    for workers, lines in ((0, 9), (2, 21)):
         process = fork(tmp_path / "said.txt", script, "moco.py", *plan("killed", "--workers", workers))
         while process.is_alive() and (not log.exists() or log.read_text().count("\n") < lines):
             time.sleep(0.005)
@@ -254,7 +254,7 @@ def test_a_run_killed_again_and_again_gives_the_same_weights_bit_for_bit(picture
         process.join()
         assert process.exitcode == -signal.SIGKILL
         saved = torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"]
-        assert lines // 4 * 4 <= saved < 48
+        assert lines // 4 * 4 <= saved < 36
     for out in ("killed", "whole"):
         assert run(monkeypatch, *plan(out)) == 0
     for name, tensor in weights(tmp_path / "whole").items():
@@ -266,20 +266,20 @@ def test_two_processes_train_under_torchrun_and_one_goes_on(pictures, tmp_path, 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "moco.py")]
     plan = arguments(pictures, tmp_path, "--epochs", 2, "--knn", pictures)
-    done = subprocess.run([*command, *plan, "--max-steps", "7"], capture_output=True, text=True)
+    done = subprocess.run([*command, *plan, "--max-steps", "4"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert run(monkeypatch, *plan) == 0
     log = rows(tmp_path)
-    assert [row["step"] for row in log if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, 7))
     assert all(math.isfinite(row["loss"]) for row in log if "loss" in row)
 
 
 @pytest.mark.parametrize("more", [["--version", 1], ["--mechanism", "bank"], ["--mechanism", "batch", "--no-shuffle"],
                                   ["--amp", "bf16"], ["--size", 64, "--bn-splits", 1]])
 def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
-    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 3, *more)) == 0
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 2, *more)) == 0
     log = rows(tmp_path)
-    assert len(log) == 3 and all(math.isfinite(row["loss"]) for row in log)
+    assert len(log) == 2 and all(math.isfinite(row["loss"]) for row in log)
     settings = torch.load(tmp_path / "last.pt", weights_only=True)["settings"]
     assert settings["temperature"] == (0.07 if "--version" in more else 0.2)
     assert settings["momentum"] == 0.9 and settings["schedule"] == ("steps" if "--version" in more else "cosine")
@@ -300,7 +300,7 @@ def test_without_data_the_demo_trains_on_drawn_shapes(tmp_path, monkeypatch):
     (["--data", "EMPTY"], "no images below"),
     (["--arch", "vgg16"], "unknown --arch vgg16"),
     (["--arch", "resnet18w0.24"], "unknown --arch resnet18w0.24"),
-    (["--batch-size", 200], "96 images do not fill a batch of 200"),
+    (["--batch-size", 200], "48 images do not fill a batch of 200"),
     (["--batch-size", 15, "--bn-splits", 4], "does not fall into 4 BN groups"),
     (["--size", 31], "31 must be at least 32"),
     (["--size", "big"], "--size"),
@@ -313,7 +313,7 @@ def test_without_data_the_demo_trains_on_drawn_shapes(tmp_path, monkeypatch):
     (["--queue", 10 ** 14], "must be from 1 to 1e+09"),
     (["--arch", "resnet18w99999"], "unknown --arch resnet18w99999"),
     (["--knn", ""], "--knn is empty"),
-    (["--mechanism", "bank", "--batch-size", 96], "a batch of all 96 images leaves none"),
+    (["--mechanism", "bank", "--batch-size", 48], "a batch of all 48 images leaves none"),
     (["--knn", "EMPTY"], "no such folder"),
     (["--knn", "STRANGE"], "class c is not among the training classes"),
     (["--what"], "unrecognized arguments: --what"),
@@ -345,7 +345,7 @@ def test_a_folder_with_another_run_or_a_damaged_one_is_refused_and_kept(pictures
     assert run(monkeypatch, *plan) == 0
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for more, says in [(["--lr", 0.2], "lr 0.1 (now 0.2)"), (["--version", 1], "version 2 (now 1)"),
-                       (["--data", pictures / "val"], "images 96 (now 36)"), (["--seed", 1], "seed 0 (now 1)")]:
+                       (["--data", pictures / "val"], "images 48 (now 24)"), (["--seed", 1], "seed 0 (now 1)")]:
         assert run(monkeypatch, *plan, *more) == 2
         assert says in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
@@ -373,7 +373,7 @@ def test_data_may_move_to_another_folder_between_runs(pictures, tmp_path, monkey
 
 def test_a_queue_larger_than_the_data_is_pointed_out_once(pictures, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *arguments(pictures, tmp_path, "--max-steps", 1, "--queue", 200)) == 0
-    assert capsys.readouterr().out.count("the queue holds 200 keys and the data 96 images") == 1
+    assert capsys.readouterr().out.count("the queue holds 200 keys and the data 48 images") == 1
 
 
 def test_help_groups_the_flags_and_shows_both_defaults(monkeypatch, capsys):
