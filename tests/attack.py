@@ -11,8 +11,9 @@
 
 A run is good when it ends with exit code 0 and with the weights and the log of a run that nobody disturbed, without a
 traceback, and leaves no temporary file. A wrong command line is good when one line on stderr refuses it and the exit
-code is 2. Prints what was not good, and a table. All but torchrun's processes are forks of this one, which has imported
-torch. Trial k of a seed is always the same one, up to the moment at which the machine is interrupted.
+code is 2. Prints what was not good, and a table. Every process is a fork of this one, which has imported torch, except
+that every fifth restart is one of torchrun's own processes. Trial k of a seed is always the same one, up to the moment
+at which a signal comes.
 """
 import argparse
 import io
@@ -23,16 +24,19 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import torch
 import torchvision.models.detection  # noqa: F401  what the runs will import
 from PIL import Image
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from conftest import ROOT, fork, rows, script, weights, without_speed, write_pictures, write_scenes
 import common
@@ -119,29 +123,52 @@ def signals(trials):
     yield from disturb(trials, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 
 
-def torchrun(name, argv, out, nodes=1):
-    """A launcher for each of the nodes, which together start two processes -> (launchers, folders of the logs)."""
+def worker(name, *argv):
+    """One of the processes that a launcher starts, as a fork: what `script` is to a command line."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # not the launcher's
+    code = 0
+    try:
+        script(name, *argv)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+        except SystemExit as stop:
+            code = stop.code
+    if code:
+        os._exit(code)
+
+
+def launcher(port, nodes, folder, name, *argv):
+    """What torchrun does, with workers that are forks."""
+    logs = DefaultLogsSpecs(log_dir=folder, redirects=Std.ALL)
+    config = LaunchConfig(nodes, nodes, 2 // nodes, logs, "attack", rdzv_backend="c10d", max_restarts=3,
+                          rdzv_endpoint=f"localhost:{port}", start_method="fork", monitor_interval=0.2)
+    elastic_launch(config, worker)(name, *argv)
+
+
+def torchrun(name, argv, out, nodes=1, forks=True):
+    """Two processes on as many nodes, each with its launcher -> (launchers, their folders of logs).
+
+    forks: torchrun's agent starts forks that have imported torch; else torchrun itself starts Python.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}", "--max-restarts=3", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint=localhost:{port}", "--monitor-interval=0.2", "--redirects=3"]
+    flags = [f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}", "--max-restarts=3", "--rdzv-backend=c10d",
+             f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=attack", "--monitor-interval=0.2", "--redirects=3"]
     launchers, folders = [], [f"{out}-node-{node}" for node in range(nodes)]
     for folder in folders:
-        command = [sys.executable, "-m", "torch.distributed.run", *options, f"--log-dir={folder}", ROOT / name, *argv]
         Path(folder).mkdir()
-        with open(f"{folder}/launcher.txt", "w") as log:
-            launchers.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+        if forks:
+            started = fork(f"{folder}.txt", launcher, port, nodes, folder, name, *argv)
+        else:
+            started = fork(f"{folder}.txt", run.main, [*flags, f"--log-dir={folder}", str(ROOT / name), *argv])
+        launchers.append(started)
     return launchers, folders
-
-
-def end_launcher(launcher):
-    """Its exit code, or "hung" after five minutes."""
-    try:
-        return launcher.wait(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(launcher.pid, signal.SIGKILL)
-        return launcher.wait() and "hung"
 
 
 def workers_logs(folders):
@@ -150,28 +177,26 @@ def workers_logs(folders):
 
 
 def together(name, argv, out):
-    (launcher,), folders = torchrun(name, argv, out)
-    return launcher.wait(), workers_logs(folders)
+    (launched,), folders = torchrun(name, argv, out)
+    return end(launched), workers_logs(folders)
 
 
 def restarts(trials):
     found = references(together)
     for k, rng in trials:
-        name, nodes, out = list(RUNS)[k % len(RUNS)], 1 + k // len(RUNS) % 2, f"run-{k}"
+        name, nodes, out, forks = list(RUNS)[k % len(RUNS)], 1 + k // len(RUNS) % 2, f"run-{k}", k % 5 > 0
         reference, took = found[name]
-        launchers, folders = torchrun(name, [*RUNS[name], "--out", out, "--workers", "0"], out, nodes)
-        pids, victims = [launcher.pid for launcher in launchers], []
-        moment = time.monotonic() + rng.uniform(1, took)
-        while time.monotonic() < moment or not victims:
+        launchers, folders = torchrun(name, [*RUNS[name], "--out", out, "--workers", "0"], out, nodes, forks)
+        moment, victims = time.monotonic() + rng.uniform(0.2, took if forks else 3 * took), []
+        while any(map(Process.is_alive, launchers)) and (time.monotonic() < moment or not victims):
             time.sleep(0.05)
+            pids = [launched.pid for launched in launchers]
             victims = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent(pid) in pids]
-            if time.monotonic() > moment + took:
-                break
         if victims:
             os.kill(rng.choice(victims), signal.SIGKILL)
-        codes = [end_launcher(launcher) for launcher in launchers]
+        codes = [end(launched, timeout=600) for launched in launchers]
         how = verdict(out, workers_logs(folders), next(filter(None, codes), 0), reference)
-        yield f"{name} on {nodes} nodes {codes}, {Path(out).resolve()}", how
+        yield f"{name} on {nodes} nodes, {'forks' if forks else 'Python'} {codes}, {Path(out).resolve()}", how
 
 
 def parent(pid):

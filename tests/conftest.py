@@ -28,6 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
 
 
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP  # what a run that is asked to stop listens to
+
+
 def _member(rank, world, port, function, args, results):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world))
@@ -66,7 +69,7 @@ def in_two_processes(module, *argv):
 def _child(log, function, args):
     os.setsid()
     atexit._clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
+    for number in (*STOPPING, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -155,9 +158,15 @@ def write_checkpoint(path, method, model, arch):
 
 
 def run_script(module, monkeypatch, *argv):
-    """module.main() as the command line runs it; gives the exit code."""
-    monkeypatch.setattr(sys, "argv", sys.argv)  # and so put back
-    return exit_code(module, *argv)
+    """module.main() as the command line runs it, in this process, whose signals stay pytest's -> the exit code."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        return exit_code(module, *argv)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def rows(out):
