@@ -1,6 +1,5 @@
 """DetCo: patches against a known picture, the three contrasts against slow formulas, MoCo v2 as its special case."""
 import math
-import sys
 from functools import partial
 
 import numpy as np
