@@ -93,7 +93,7 @@ class Stop:
     """
 
     def __init__(self):
-        self.signal, self.since, self.holding = 0, 0.0, False
+        self.signal, self.since, self.holding, self.leaving = 0, 0.0, False, False
 
     def listen(self):
         for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -102,6 +102,7 @@ class Stop:
         os.register_at_fork(after_in_child=ignore_signals)
         atexit.register(kill_workers)
         sys.excepthook, threading.excepthook = report_crash, report_thread_crash
+        sys.unraisablehook = self.leave_again
 
     def receive(self, which, frame):
         second = self.signal
@@ -112,9 +113,19 @@ class Stop:
             kill_workers()
             os._exit(128 + which)
         if not self.holding:
-            if int(os.environ.get("RANK", 0)) == 0:
+            if int(os.environ.get("RANK", 0)) == 0 and not self.leaving:
                 os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(which).name.encode())
+            self.leaving = True
             sys.exit(128 + which)
+
+    def leave_again(self, unraisable):
+        """sys.unraisablehook: Python drops every exception of some callbacks, of those around a fork for example. If it
+        drops the end of the program, ask for that once more.
+        """
+        if not (self.leaving and isinstance(unraisable.exc_value, SystemExit)):
+            return sys.__unraisablehook__(unraisable)
+        which, self.signal = self.signal, 0
+        threading.Timer(0.1, os.kill, (os.getpid(), which)).start()
 
     def agreed(self):
         """The signal that any process has received, the same in all of them, or 0. All call it after the same step."""

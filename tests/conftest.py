@@ -75,7 +75,7 @@ def _child(log, function, args):
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-    sys.excepthook = sys.__excepthook__
+    sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
     torch.set_num_threads(1)
     code = 0
     try:
@@ -161,6 +161,7 @@ def run_script(module, monkeypatch, *argv):
     """module.main() as the command line runs it, in this process, whose signals stay pytest's -> the exit code."""
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
         return exit_code(module, *argv)

@@ -74,6 +74,26 @@ def test_a_second_signal_ends_a_run_at_once_unless_it_is_an_echo(monkeypatch, ho
     assert ended == ([143] if end else []) and stop.signal == signal.SIGTERM
 
 
+class Dropping:
+    """Gets a signal where Python drops exceptions."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def drop_and_go_on():
+    common.stop.listen()
+    Dropping()
+    time.sleep(60)
+
+
+def test_a_signal_whose_exit_python_drops_ends_the_program_all_the_same(tmp_path):
+    process = fork(tmp_path / "said.txt", drop_and_go_on)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert (tmp_path / "said.txt").read_text() == "stopped by SIGTERM: the same command goes on\n"
+
+
 # --- Restarts, and two runs in one folder ----------------------------------------------------------------------------
 
 def meet(rank, port, results):

@@ -512,18 +512,19 @@ def test_proposals_whose_making_was_killed_are_finished_without_doing_work_again
 # --- the script ---
 
 def arguments(data, out, *more):
-    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16",
-            "--hidden", "32", "--dim", "16", "--warmup", "1", "--workers", "0", "--print-every", "1", *map(str, more)]
+    return ["--data", str(data), "--out", str(out), "--arch", "resnet18w0.25", "--size", "32", "--batch-size", "8",
+            "--num-proposals", "2", "--hidden", "32", "--dim", "16", "--warmup", "1", "--workers", "0",
+            "--print-every", "1", *map(str, more)]
 
 
 def test_a_run_makes_its_proposals_and_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
-    plan = ["--epochs", 2, "--knn", pictures]
-    assert run(monkeypatch, *arguments(pictures, tmp_path / "whole", *plan)) == 0
-    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 2)) == 0
+    data, plan = pictures / "val", ["--epochs", 2, "--knn", pictures]
+    assert run(monkeypatch, *arguments(data, tmp_path / "whole", *plan)) == 0
+    assert run(monkeypatch, *arguments(data, tmp_path / "parts", *plan, "--max-steps", 2)) == 0
     state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
     assert (state["step"], state["epoch"], state["method"]) == (2, 0, "soco")
     (tmp_path / "parts" / "proposals.npz").rename(tmp_path / "moved.npz")             # a file may move
-    assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--proposals", tmp_path / "moved.npz")) == 0
+    assert run(monkeypatch, *arguments(data, tmp_path / "parts", *plan, "--proposals", tmp_path / "moved.npz")) == 0
     log = rows(tmp_path / "whole")
     assert without_speed(log) == without_speed(rows(tmp_path / "parts"))
     assert [row["step"] for row in log if "loss" in row] == list(range(1, 7))
@@ -538,7 +539,8 @@ def test_a_run_makes_its_proposals_and_goes_on_where_it_stopped(pictures, tmp_pa
 
 
 def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures, tmp_path, monkeypatch):
-    plan = lambda out: arguments(pictures, tmp_path / out, "--epochs", 8, "--save-every", 4, "--proposals", "random")
+    plan = lambda out: arguments(pictures / "val", tmp_path / out, "--epochs", 5, "--save-every", 2, "--proposals",
+                                 "random")
     process = fork(tmp_path / "said.txt", script, "soco.py", *plan("killed"))
     log = tmp_path / "killed" / "log.jsonl"
     while process.is_alive() and (not log.exists() or log.read_text().count("\n") < 6):
@@ -554,9 +556,9 @@ def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures,
 
 
 def test_two_processes_make_proposals_and_train_and_one_goes_on(pictures, tmp_path, monkeypatch):
-    plan = arguments(pictures, tmp_path / "two", "--epochs", 2)
+    plan = arguments(pictures / "val", tmp_path / "two", "--epochs", 2)
     assert in_two_processes(soco, *plan, "--max-steps", 4) == [0, 0]
-    assert run(monkeypatch, *arguments(pictures, tmp_path / "one", "--prepare")) == 0
+    assert run(monkeypatch, *arguments(pictures / "val", tmp_path / "one", "--prepare")) == 0
     one, two = (dict(np.load(tmp_path / out / "proposals.npz")) for out in ("one", "two"))
     assert all(np.array_equal(one[name], two[name]) for name in one)
     assert run(monkeypatch, *plan) == 0
