@@ -178,6 +178,14 @@ def weights(out):
     return torch.load(Path(out, "last.pt"), weights_only=True)["model"]
 
 
+def assert_same_weights(out, other):
+    """The last checkpoints of two runs hold the same numbers, bit for bit."""
+    ours, theirs = weights(out), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
 def without_speed(rows):
     return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait")} for row in rows]
 

@@ -11,7 +11,7 @@ from PIL import Image
 import common
 import detco
 import moco
-from conftest import in_processes, in_two_processes, rows, run_script, weights, without_speed
+from conftest import assert_same_weights, in_processes, in_two_processes, rows, run_script, without_speed
 
 run = partial(run_script, detco)
 TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2, size=64)
@@ -235,8 +235,7 @@ def test_a_run_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
     assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--max-steps", 2)) == 0
     assert run(monkeypatch, *arguments(pictures, tmp_path / "parts", *plan, "--workers", 2)) == 0
     assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "parts"))
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     with Image.open(tmp_path / "whole" / "views.png") as picture:
         assert picture.width > 500 and picture.height > 1000
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 import common
 import detcon
-from conftest import in_processes, in_two_processes, rows, run_script, weights, without_speed, write_pictures
+from conftest import (assert_same_weights, in_processes, in_two_processes, rows, run_script, weights, without_speed,
+                      write_pictures)
 
 run = partial(run_script, detcon)
 
@@ -433,8 +434,7 @@ def test_a_run_makes_its_masks_and_goes_on_where_it_stopped(pictures, tmp_path, 
     log = rows(tmp_path / "whole")
     assert without_speed(log) == without_speed(rows(tmp_path / "parts")) and len(log) == 6
     assert {"loss", "accuracy", "positive", "paired"} <= set(log[0])
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     with Image.open(tmp_path / "whole" / "views.png") as picture:
         assert picture.width > 500 and picture.height > 2 * picture.width - 100
 

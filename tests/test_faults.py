@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 import common
 import moco
-from conftest import fork, in_processes, rows, run_script, script, weights, without_speed, write_pictures
+from conftest import assert_same_weights, fork, in_processes, rows, run_script, script, without_speed, write_pictures
 
 TINY = ["--arch", "resnet18w0.25", "--size", "32", "--batch-size", "16", "--queue", "64", "--epochs", "30",
         "--print-every", "1"]
@@ -39,8 +39,7 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_as_if_nothing_had
     for out in ("stopped", "whole"):
         assert run_script(moco, monkeypatch, *plan(out, "--max-steps", step + 2)) == 0
     assert without_speed(rows(tmp_path / "stopped")) == without_speed(rows(tmp_path / "whole"))
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
 def stops(signaled):

@@ -16,7 +16,8 @@ from PIL import Image
 
 import common
 import moco
-from conftest import ROOT, fork, in_processes, in_two_processes, rows, run_script, script, weights, without_speed
+from conftest import (ROOT, assert_same_weights, fork, in_processes, in_two_processes, rows, run_script, script,
+                      weights, without_speed)
 
 run = partial(run_script, moco)
 TINY = dict(arch="resnet18w0.25", dim=16, queue=40, temperature=0.2)
@@ -234,8 +235,7 @@ def test_a_run_leaves_checkpoint_log_and_picture_and_goes_on_where_it_stopped(pi
     assert [row["step"] for row in log if "loss" in row] == list(range(1, 7))
     assert [row["epoch"] for row in log if "knn" in row] == [0, 1, 2] and "knn" in log[0]
     assert {"epoch", "step", "loss", "lr", "images_per_s", "data_wait", "accuracy"} <= set(log[1])
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     backbone = {k.removeprefix("encoder_q.backbone."): v for k, v in weights(tmp_path / "whole").items()
                 if k.startswith("encoder_q.backbone.")}
     common.resnet("resnet18w0.25").load_state_dict(backbone)
@@ -257,8 +257,7 @@ def test_a_run_killed_again_and_again_gives_the_same_weights_bit_for_bit(picture
         assert lines // 4 * 4 <= saved < 36
     for out in ("killed", "whole"):
         assert run(monkeypatch, *plan(out)) == 0
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "killed"))
 
 

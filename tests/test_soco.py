@@ -20,8 +20,8 @@ from PIL import Image
 
 import common
 import soco
-from conftest import (exit_code, fork, in_processes, in_two_processes, rows, run_script, script, weights, without_speed,
-                      write_pictures)
+from conftest import (assert_same_weights, exit_code, fork, in_processes, in_two_processes, rows, run_script, script,
+                      weights, without_speed, write_pictures)
 
 run = partial(run_script, soco)
 SIZES = [64, 64, 32, 54]
@@ -529,10 +529,10 @@ def test_a_run_makes_its_proposals_and_goes_on_where_it_stopped(pictures, tmp_pa
     assert without_speed(log) == without_speed(rows(tmp_path / "parts"))
     assert [row["step"] for row in log if "loss" in row] == list(range(1, 7))
     assert {"loss", "lr", "std", "cosine2", "cosine3", "images_per_s", "data_wait"} <= set(log[1])
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
-    different = sum((weights(tmp_path / "whole")[name.replace("online", "target")] != tensor).any().item()
-                    for name, tensor in weights(tmp_path / "whole").items() if name.startswith("online.backbone.layer"))
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    state = weights(tmp_path / "whole")
+    different = sum((state[name.replace("online", "target")] != tensor).any().item()
+                    for name, tensor in state.items() if name.startswith("online.backbone.layer"))
     assert different > 40
     with Image.open(tmp_path / "whole" / "views.png") as picture:
         assert picture.width > 3 * 256 and picture.height > 8 * 256
@@ -550,8 +550,7 @@ def test_a_killed_run_started_again_gives_the_same_weights_bit_for_bit(pictures,
     assert process.exitcode == -signal.SIGKILL
     for out in ("killed", "whole"):
         assert run(monkeypatch, *plan(out)) == 0
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     assert without_speed(rows(tmp_path / "whole")) == without_speed(rows(tmp_path / "killed"))
 
 
