@@ -13,7 +13,7 @@ from PIL import Image
 
 import common
 import detcon
-from conftest import (assert_same_weights, in_processes, in_two_processes, rows, run_script, weights, without_speed,
+from conftest import (assert_same_weights, in_processes, in_two_processes, rows, run_script, without_speed,
                       write_pictures)
 
 run = partial(run_script, detcon)
