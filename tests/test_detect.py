@@ -50,6 +50,17 @@ def annotated(folder, needs=None):
     return coco.CocoFolder(folder / "images", folder / "annotations.json", training=True, needs=needs)
 
 
+
+@pytest.mark.parametrize("size, bounds", [(800, (112, 224, 448)), (160, (22.4, 44.8, 89.6))])
+def test_a_box_belongs_to_the_level_that_it_has_in_an_image_of_800_pixels(size, bounds):
+    pool = detect.build("fasterrcnn", ARCH, 3, size=(size, size)).roi_heads.box_roi_pool
+    pyramid = {str(level): torch.full((1, 1, size // stride, size // stride), float(level))
+               for level, stride in enumerate((4, 8, 16, 32))}
+    sides = [side * factor for side in bounds for factor in (0.99, 1.01)]                # just below a bound, and above
+    boxes = torch.tensor([[0, 0, side, side] for side in sides])
+    pooled = pool(pyramid, [boxes], [(size, size)])                                      # a level's cells hold its number
+    assert pooled[:, 0, 3, 3].tolist() == [0, 1, 1, 2, 2, 3]
+
 def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):
     source, pointed = annotated(scenes[0], "segmentation"), annotated(scenes[0], "keypoints")
     shapes = common.Shapes(12, 64)
