@@ -44,7 +44,7 @@ WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, firs
 
 DEMO = dict(
     arch="resnet18w0.25", size=48, epochs=1, batch_size=64, lr=32.0, warmup=0.5, print_every=32, proposals="truth",
-    num_proposals=3, hidden=512)  # lr 32 at 2048 is 1.0 at 64: the paper's 0.25 is slow in 128 steps
+    num_proposals=2, hidden=512)  # lr 32 at 2048 is 1.0 at 64: the paper's 0.25 is slow in 128 steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
