@@ -58,7 +58,7 @@ def test_a_box_belongs_to_the_level_that_it_has_in_an_image_of_800_pixels(size, 
                for level, stride in enumerate((4, 8, 16, 32))}
     sides = [side * factor for side in bounds for factor in (0.99, 1.01)]                # just below a bound, and above
     boxes = torch.tensor([[0, 0, side, side] for side in sides])
-    pooled = pool(pyramid, [boxes], [(size, size)])                                      # a level's cells hold its number
+    pooled = pool(pyramid, [boxes], [(size, size)])                                      # cells hold their level
     assert pooled[:, 0, 3, 3].tolist() == [0, 1, 1, 2, 2, 3]
 
 def test_targets_are_those_of_the_scene_with_labels_from_one(scenes):

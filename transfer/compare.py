@@ -1,6 +1,6 @@
 """Which method for my images? Pre-trains all five alike on a folder, then probes and fine-tunes each the same way.
 
-    python transfer/compare.py                                         drawn shapes, under an hour on two cores
+    python transfer/compare.py                                         drawn shapes, about an hour on two cores
     python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128
     python transfer/compare.py --methods moco soco --seeds 1 ...       some of it
     python transfer/compare.py --add soco "--proposals boxes.npz" ...  flags for one of the scripts
@@ -215,7 +215,7 @@ def report(args, methods):
     columns = [name for name in columns if any(name in row for row in rows.values())]
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     for method, row in rows.items():
-        cells = [f"{row[name][0]:.1f} ± {row[name][1]:.1f}" if name in row else "" for name in columns]
+        cells = [" ± ".join(f"{x:.1f}" for x in row[name] if x) if name in row else "" for name in columns]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     (args.out / "table.md").write_text(table + "\n")
