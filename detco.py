@@ -3,14 +3,14 @@
 MoCo v2 with a contrast at every stage of the backbone, so that shallow features tell images apart too, and with three
 contrasts instead of one: whole view to whole view, nine small patches to nine patches, and patches to whole view.
 
-    python detco.py                                             shapes drawn on the fly, some minutes on two cores
+    python detco.py                                             shapes drawn on the fly, a few minutes on two cores
     python detco.py --data DIR                                  your own images
     torchrun --nproc_per_node=8 detco.py --data /imagenet       as in the paper; --augment rand for DetCo+AA
     python detco.py --data DIR --no-local --epochs 100          stages alone, the paper's row (b) of Table 1
 
-Writes last.pt, log.jsonl and views.png to --out; the same command again resumes. The keys `encoder_q.backbone.*` of
-last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: comments say what was
-decided where the paper leaves something open.
+Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt,
+`model` holds the backbone: `encoder_q.backbone.`, followed by torchvision's names for a ResNet. No code for
+pre-training was released: comments say what was decided where the paper leaves something open.
 """
 import copy
 from contextlib import contextmanager
@@ -69,8 +69,8 @@ def views(image, rng, size, min_area, augment="moco", magnitude=28, local=True):
 def color_augmentation():
     """MoCo v2's colors, for global views and regions alike.
 
-    A region is colored before it is divided, as the text says, so that its patches share a draw. We read "the same
-    parameters" as those of the distribution.
+    A region is colored before it is divided (Sec. 3.3), so its patches share a draw. "Sharing the same parameters with
+    global augmentation" we read as the same distribution, not the same draw.
     """
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
@@ -89,7 +89,7 @@ def patches(x, corners, side):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """The backbone with two MLP heads for each stage of weight > 0: for a global view, and for nine patches.
+    """The backbone and, for each stage of weight > 0, an MLP head for the global view and one for the nine patches.
 
     The hidden layer is as wide as c5 (2048) for every stage: "the same as MoCo v2, except for the input channel".
     """
@@ -123,9 +123,9 @@ class Encoder(nn.Module):
 
 @contextmanager
 def frozen_running_statistics(backbone):
-    """Context in which BN normalizes by its batch as usual, but leaves its running statistics alone.
+    """Context in which BN normalizes by its batch as usual, but does not update its running statistics.
 
-    They are for whole images, and nine patches an image would make up most of them.
+    These should describe whole images; nine patches per image would dominate them.
     """
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -165,7 +165,7 @@ class DetCo(nn.Module):
         """(loss of Eq. 1, stats). batch: what `views` gives, N of each."""
         local = self.queue_local is not None
         cut_patches = lambda p, at: patches(self.photometric(p), at, self.patch)
-        q_g = self.encoder_q(self.photometric(batch["x_q"]))                              # [N, dim] a stage
+        q_g = self.encoder_q(self.photometric(batch["x_q"]))                              # for each stage [N, dim]
         q_l = self.encoder_q.local(cut_patches(batch["p_q"], batch["at_q"])) if local else []
         shuffle = common.Shuffle(len(batch["x_k"]), batch["x_k"].device)                  # for every input of encoder_k
         with torch.no_grad():
@@ -223,7 +223,8 @@ def arguments():
         help="without patches: stages alone (Table 1 b); with --weights 0 0 0 1 MoCo v2's loss")
     add("--share-queue", action="store_true",
         help="one global and one local queue for all stages (Table 16, with --no-local)")
-    add("--augment", choices=["moco", "rand"], help="moco: MoCo v2's; rand: RandAugment before it, for DetCo+AA")
+    add("--augment", choices=["moco", "rand"],
+        help="moco: MoCo v2's colors; rand: RandAugment before them, for DetCo+AA (\"Auto Augmentation\")")
     add("--augment-magnitude", type=common.bounded(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
     add("--momentum", type=common.bounded(float, 0, 1), help="m, of the key network")
@@ -231,7 +232,8 @@ def arguments():
     add("--dim", type=common.bounded(int, 1), help="length of a query or key")
     add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a global view")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    add("--bn-splits", type=common.bounded(int, 1),
+        help="BN groups in a single process (default: 8; fewer for a small batch); under torchrun: one per process")
     args = parser.parse()
     if not any(args.weights):
         common.fail("--weights: one of the four must be above 0")
@@ -251,7 +253,7 @@ def main():
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     run = common.Run(args, source, "detco", model, optimizer)
     make_views = partial(views, size=args.size, min_area=args.min_area, augment=args.augment,
-                  magnitude=args.augment_magnitude, local=not args.no_local)
+                         magnitude=args.augment_magnitude, local=not args.no_local)
     batches = run.batches(make_views, device)
     ddp = common.wrap_ddp(model, device, args.compile)
 
@@ -261,7 +263,7 @@ def main():
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

@@ -4,14 +4,14 @@ Each image is divided into segments by a simple heuristic. The features of a seg
 one view, must find the features of the same segment in another view, among all segments of that image and of the other
 images in the batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
 
-    python detcon.py                                                shapes drawn on the fly, some minutes on two cores
+    python detcon.py                                                shapes drawn on the fly, a minute on two cores
     python detcon.py --data DIR                                     your own images; masks by Felzenszwalb-Huttenlocher
     torchrun --nproc_per_node=8 detcon.py --data /imagenet          DetCon-S as in the paper; --variant b for DetCon-B
     python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
     python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps          as the paper does on COCO
 
-Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; the same command again resumes. In
-last.pt's `model`, `online.backbone.*` are torchvision's ResNet.
+Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; run the same command again to resume. In
+last.pt's `model`, `online.backbone.*` has the layout of torchvision's ResNet.
 """
 import copy
 import re
@@ -29,15 +29,16 @@ from torchvision.utils import draw_segmentation_masks
 
 import common
 
-PAPER = dict(  # S on ImageNet; lr is for batch_size: 0.3 per 256
+PAPER = dict(  # S on ImageNet; lr: 0.3 per 256 images; 300 epochs are B's in Table 1, where S has 200 and 1000
     arch="resnet50", size=224, epochs=300, batch_size=4096, lr=4.8, warmup=10, print_every=50, variant="s", masks="fh",
     fh_scale=[1000], num_masks=16, mask_pooling="soft", views=2, temperature=0.1, weight_decay=1e-6,
     schedule="cosine", hidden=2048, dim=128,
     workers=24)  # about what one H100 needs, estimated
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
-# With one global mask DetCon is SimCLR (S) or a contrastive BYOL (B). Eq. 3 counts a region once, so that M draws of
-# one region divide the gradient by M. LARS makes up for that in weights, but not in BN and biases. Table 4 a takes 16.
+# A single global mask turns DetCon into SimCLR (S) or a contrastive BYOL (B). `detcon_loss` weighs a region once and
+# divides by M, so M draws of one region scale the gradient by 1/M. LARS undoes that for weights, but not for BN and
+# biases. Table 4 (a) has 16 draws: --num-masks 16.
 GRID1 = dict(num_masks=1)
 B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
 
@@ -85,11 +86,11 @@ BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="
 
 
 def shares(mask, cells, hard=False):
-    """[regions, cells, cells]: the share that each region has of each of cells x cells squares.
+    """[regions, cells, cells]: the share of each cell of a cells x cells grid that each region covers (Sec. 3.1).
 
-    mask: uint8 [S, S], labels; or [S, S, channels], a set of labels each, region 256 * channel + label; or uint16
-    [S, S], 16 regions that may overlap, one a bit. hard, as in the released code: in each set, the region with the
-    largest share of a cell gets all of it.
+    mask: uint8 [S, S], a label map; or uint8 [S, S, channels], one label map per channel, with region number
+    256 * channel + label; or uint16 [S, S], 16 regions that may overlap, one per bit. hard, as in the released code:
+    within each label map, a cell belongs entirely to the region that covers most of it.
     """
     size, bits = len(mask), mask.dtype == np.uint16
     labels = np.ascontiguousarray(mask).view(np.uint8).reshape(size, size, -1)            # 16 bits are two bytes
@@ -124,9 +125,9 @@ def draw(share, n, rng, one_cell=False):
 
 
 def member(mask, k):
-    """bool [S, S]: which pixels of a mask, as `shares` takes it, are in region k, as `draw` counts."""
+    """bool [S, S]: the pixels of region k in a mask. mask: as in `shares`; k: an id from `draw`."""
     if mask.dtype == np.uint16:
-        return mask >> k & 1 > 0 if k >= 0 else mask == 0
+        return ((mask >> k) & 1) > 0 if k >= 0 else mask == 0
     return mask.reshape(*mask.shape[:2], -1)[..., k // 256] == k % 256
 
 
@@ -164,7 +165,8 @@ class Encoder(nn.Module):
 def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=True):
     """The loss of contrastive detection (Eq. 1 to 3) in nats, both directions added.
 
-    It is the mean over images of the sum over an image's distinct paired regions, divided by the M draws.
+    Eq. 3 is a sum over pairs of draws. As in the released code, the draws of one region share a weight of one here, and
+    the total is divided by M and averaged over the images.
 
     pred1, pred2, target1, target2: [N, M, D] of this process's N images, not normalized; S passes its projections as
     predictions and as targets, and trains through both. ids1, ids2: [N, M], equal if two draws are of one region.
@@ -184,28 +186,28 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
 def one_way(pred, other, own, ids, other_ids, mine):
     """Eq. 3 from one view's predictions [N, M, D] to the targets of the `other` and of its `own` view [world*N, M, D].
 
-    mine: [N], the rows of the targets that are of the same images. The denominator of Eq. 1 has all targets of the
-    other view, all positives too, and those targets of the own view that are not of the same region.
+    mine: [N], which rows of the targets belong to these images. The denominator of Eq. 1 holds all targets of the other
+    view, as in the released code every positive and not just one, and all targets of other regions of the own view.
     """
     n, m, _ = pred.shape
     image = torch.arange(n, device=pred.device)
     similarity = lambda targets: (pred.flatten(0, 1) @ targets.flatten(0, 1).T).view(n, m, -1, m)
     across, within = similarity(other), similarity(own)                                   # [N, M, world*N, M] each
     same = ids[:, :, None] == ids[:, None]                                                # [N, M, M]
-    within[image, :, mine] = within[image, :, mine].masked_fill(same, -1e9)               # no negative: the same region
+    within[image, :, mine] = within[image, :, mine].masked_fill(same, -1e9)               # same region: no negative
     all_targets = torch.logaddexp(across.flatten(2).logsumexp(2), within.flatten(2).logsumexp(2))
     paired = (ids[:, :, None] == other_ids[:, None]).float()                              # the indicator of Eq. 3
     count = paired.sum(dim=2)
     positive = (across[image, :, mine] * paired).sum(dim=2) / count.clamp(min=1)
-    loss = all_targets - positive                                                         # Eq. 1, 2: of all positives
-    return (loss * (count > 0) / same.sum(dim=2)).mean()                                  # Eq. 3: each region once
+    loss = all_targets - positive                                                         # Eq. 1, 2: over positives
+    return (loss * (count > 0) / same.sum(dim=2)).mean()                                  # Eq. 3, each region once, / M
 
 
 class DetCon(nn.Module):
     """The pretext task.
 
     variant: "s" has one network for both views; "b" has a target network too, which follows the online one by
-    `update(momentum)`. size: of the views, in pixels. negatives: of so many images at a time, if not of the batch.
+    `update(momentum)`. size: of the views, in pixels. negatives: contrast only so many images at a time.
     """
 
     def __init__(self, arch, variant="s", size=224, temperature=0.1, hidden=2048, dim=128, negatives=None):
@@ -227,11 +229,11 @@ class DetCon(nn.Module):
             masks = [torch.cat(masks, dim=1)]                                             # [N, 2M, S/32, S/32]
         views = [(self.photometric[i](batch[f"x{i + 1}"]), mask) for i, mask in enumerate(masks)]
         encode = lambda network: [z for view in views for z in network(*view).split(ids1.shape[1], dim=1)]
-        pred = target = encode(self.online)                                               # v_m of S
+        pred = target = encode(self.online)                                               # S: v_m and v'_m
         if self.variant == "b":
-            pred = [self.predictor(z.flatten(0, 1)).view_as(z) for z in pred]             # v_m of B
+            pred = [self.predictor(z.flatten(0, 1)).view_as(z) for z in pred]             # B: v_m
             with torch.no_grad():
-                target = encode(self.target)                                              # v'_m of B
+                target = encode(self.target)                                              # B: v'_m
         latents = *pred, *target, ids1, ids2
         if self.negatives:                                                                # Table 5 a
             parts = zip(*(x.split(self.negatives) for x in latents))
@@ -278,16 +280,16 @@ def felzenszwalb(image, scales):
     cv2.setNumThreads(1)  # every core has an image of its own
     pixels, labels = image.shrunk(), []
     for scale in scales:
-        smallest, segments = scale, None
-        while segments is None or segments.max() > 255:  # more segments than a byte tells apart: join the smallest
-            segments = cv2.ximgproc.segmentation.createGraphSegmentation(0.8, scale, smallest).processImage(pixels)
-            smallest *= 2
+        min_size, segments = scale, None
+        while segments is None or segments.max() > 255:  # a label must fit in a byte: merge more of the small segments
+            segments = cv2.ximgproc.segmentation.createGraphSegmentation(0.8, scale, min_size).processImage(pixels)
+            min_size *= 2
         labels.append(segments.astype(np.uint8))
     return labels[0] if len(scales) == 1 else np.stack(labels, axis=2)
 
 
 def make_masks(folder, source, scales, device):
-    """Segment all images, by all processes, into PNGs in the subfolders of the data; keeps those that are there."""
+    """Write a PNG of segments for each image, in subfolders like the data's, in all processes; keeps existing ones."""
     common.need_opencv("--masks fh", "--masks grid5")
 
     def write(k, file):
@@ -332,7 +334,7 @@ def open_masks(args, source, device):
         return lambda image: source.segments[image.index], args.masks
     stem, count = Counter(source.name(i).rpartition(".")[0] for i in range(len(source))).most_common(1)[0]
     if count > 1:
-        common.fail(f"{count} images are named {stem}, but for the ending, and would share a mask: rename them")
+        common.fail(f"{count} images are named {stem} with different extensions and would share a mask: rename them")
     folder = args.masks
     if args.masks == "fh":
         folder = Path(args.out, "fh-" + "-".join(map(str, args.fh_scale)))
@@ -379,8 +381,8 @@ def arguments():
     add("--fh-scale", type=common.bounded(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
     add("--prepare", action="store_true", help="make the masks and stop")
     add("--num-masks", type=common.bounded(int, 1), help="M, the masks of a view in a step")
-    add("--mask-pooling", choices=["soft", "hard", "sample"], help="features of a mask: weighted by its share of each "
-        "cell; of the cells that it has most of, as in the released code; or of one cell within (Sec. 4.4)")
+    add("--mask-pooling", choices=["soft", "hard", "sample"], help="soft: weigh each cell by the mask's share of it; "
+        "hard: only cells that the mask has most of, as in the released code; sample: one random cell (Sec. 4.4)")
     add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b)")
     add("--negatives", type=common.bounded(int, 1), metavar="N",
         help="contrast N images at a time (Table 5 a: 32; default: the whole batch)")
@@ -402,16 +404,16 @@ def arguments():
     if args.masks == "truth" and args.data is not None:
         common.fail("--masks truth is for the drawn shapes: take fh, gridN or a folder of masks")
     if re.fullmatch(r"grid\d+", args.masks) and not 1 <= int(args.masks[4:]) <= 16:
-        common.fail(f"--masks {args.masks}: from grid1 to grid16, whose 256 squares are as many as labels may be")
+        common.fail(f"--masks {args.masks}: take grid1 to grid16, since a label is a byte and grid16 has 256 squares")
     if args.variant == "s" and args.momentum is not None:
-        common.fail("--momentum is of the target network of --variant b; s has none")
+        common.fail("--momentum is for --variant b: DetCon-S has no target network")
     images = args.batch_size // common.world_size()
     if args.negatives and images % args.negatives:
         common.fail(f"--negatives {args.negatives} does not divide the {images} images of a process")
     if args.prepare and args.masks != "fh":
         common.fail(f"--prepare has nothing to make: --masks {args.masks} needs nothing made")
     if len(args.fh_scale) not in (1, 3):
-        common.fail("--fh-scale takes one scale or three, which lie in the channels of a PNG")
+        common.fail("--fh-scale takes one scale or three, the channels of an RGB PNG")
     return args
 
 

@@ -4,14 +4,14 @@ MoCo v2 at every stage of the backbone, and a second contrast between patches: t
 share is divided into an S x S grid in both, and the feature of a patch must find the feature of the same patch in the
 other view, among patches of other images. Features then tell places apart, which detection needs.
 
-    python dupr.py                                              shapes drawn on the fly, some minutes on two cores
+    python dupr.py                                              shapes drawn on the fly, a few minutes on two cores
     python dupr.py --data DIR                                   your own images
     torchrun --nproc_per_node=8 dupr.py --data /imagenet        as in the paper's main experiments
     python dupr.py --data DIR --augment moco                    as in its ablations: no RandAugment, temperature 0.2
 
-Writes last.pt, log.jsonl and views.png to --out; the same command again resumes. The keys `encoder_q.backbone.*` of
-last.pt's `model` are those of torchvision's ResNet. No code for pre-training was released: comments say what was
-decided where the paper leaves something open.
+Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt,
+`model` holds the backbone: `encoder_q.backbone.`, followed by torchvision's names for a ResNet. No code for
+pre-training was released: comments say what was decided where the paper leaves something open.
 """
 import copy
 from functools import partial
@@ -42,7 +42,7 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
-    """Two random crops, each mirrored half of the time, and the box that both of them show.
+    """Two random crops, each mirrored half of the time, and the box that both show; q and k are the paper's 1 and 2.
 
     x_q and x_k: views, uint8 [3, size, size]; flip_q and flip_k: whether each is mirrored; overlap: whether they
     intersect; box_q and box_k: [1, 4], their intersection in xyxy pixels of each view, or the whole view without one.
@@ -57,7 +57,7 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
             view = ImageOps.mirror(view)
         if augment != "moco":
             view = common.rand_augment(view, rng, magnitude, moves=augment == "rand-moves")
-        box = to_view(b if overlap else r, r, size, flip)                                            # B_1 = T_1(B)
+        box = to_view(b if overlap else r, r, size, flip)                                            # B_1, B_2
         batch[f"x_{name}"] = common.to_tensor(view)
         batch[f"box_{name}"] = torch.tensor([box])
         batch[f"flip_{name}"] = torch.tensor(flip)
@@ -65,7 +65,7 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
 
 
 def to_view(box, crop, size, flip):
-    """T: a box in pixels of a view: `crop` made size x size, mirrored if `flip`. box, crop: in pixels of the image."""
+    """T: `box` in pixels of the view that shows `crop` at size x size, mirrored if `flip`. box, crop: image pixels."""
     sx, sy = size / (crop[2] - crop[0]), size / (crop[3] - crop[1])
     x1, x2 = (box[0] - crop[0]) * sx, (box[2] - crop[0]) * sx
     y1, y2 = (box[1] - crop[1]) * sy, (box[3] - crop[1]) * sy
@@ -85,7 +85,8 @@ class Encoder(nn.Module):
     """The backbone and two kinds of heads: h, an MLP for the pooled features of each level with alpha > 0; g, an MLP of
     1x1 convolutions for the patches of each level with beta > 0.
 
-    The hidden layers are as wide as c5 (2048) at every level: the paper gives no width, and this is MoCo v2's.
+    The hidden layers are as wide as c5 (2048) at every level: the paper gives no width, and this is MoCo v2's. Its
+    "pixel-wise MLP [...] implemented by a 1x1 convolution" (Sec. 3.2.1) we take to be two of them, like h.
     """
 
     def __init__(self, arch, alpha, beta, dim, bn_splits, roi_size=None):
@@ -104,8 +105,8 @@ class Encoder(nn.Module):
         """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level; r, [N, S*S, dim] of each patch
         level.
 
-        Patch p is the same place in both views. S is roi_size or the side of the level's own features: 7 for conv5, 14
-        for conv4 at 224 pixels (Sec. 4.5.3).
+        Patch p is the same place in both views. S is roi_size, or else the side of the level's feature map: at 224
+        pixels 7 on conv5_x and 14 on conv4_x (Sec. 4.5.3; one sentence of Sec. 3.2.3 swaps the two).
         """
         f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
@@ -151,7 +152,7 @@ class DUPR(nn.Module):
         for weight, q, k, queue in zip(self.alpha, v_q, v_k, self.image_queues):
             loss = loss + weight * common.info_nce(q, k, queue.keys, self.temperature)    # Eq. 8
         for weight, q, k, queue in zip(self.beta, r_q, r_k, self.patch_queues):
-            patch_loss, accuracy = patch_nce(q, k, batch["overlap"], queue.keys, self.temperature)
+            patch_loss, accuracy = patch_nce(q, k, batch["overlap"], queue.keys, self.temperature)  # Eq. 7
             loss = loss + weight * patch_loss                                             # Eq. 2
             stats["accuracy_patch"] = accuracy                                            # of the last level
         if v_q:
@@ -160,7 +161,7 @@ class DUPR(nn.Module):
 
     @torch.no_grad()
     def update(self):
-        """After the optimizer's step: f_2 follows f_1, and the new keys enter the queues (Sec. 3.2.3).
+        """After the optimizer's step: encoder_k follows encoder_q, and the new keys enter the queues (Sec. 3.2.3).
 
         Each image queue takes the keys of all images, each patch queue takes `patch_keys` patches.
         """
@@ -174,9 +175,10 @@ class DUPR(nn.Module):
 
 
 def sample_patches(k, overlap, count):
-    """([count, D], how many of its first rows are patches): drawn from the overlapping pairs of the global batch.
+    """`count` patches, or fewer, drawn from the overlapping pairs of the global batch, alike in all processes.
 
-    k: [N, P, D]; overlap: [N] bool. The result is the same in all processes.
+    k: [N, P, D]; overlap: [N] bool. Returns ([count, D], how many of its first rows are valid): rows after those come
+    from pairs that do not overlap, and only keep the shape fixed.
     """
     score = torch.rand(k.shape[:2], device=k.device) + overlap[:, None]  # 1 or more for those to draw from
     score, mine = score.flatten().topk(min(count, score.numel()))
@@ -186,11 +188,11 @@ def sample_patches(k, overlap, count):
 
 
 def patch_nce(q, k, overlap, negatives, temperature):
-    """(loss of Eq. 7 in nats, share of patches that are nearest to their own): this process's parts of both.
+    """(loss of Eq. 7 in nats, share of patches that are nearest to their own).
 
-    q, k: [N, P, D], the same P places in two views; overlap: [N] bool; negatives: [K, D]. Averaged over processes, as
-    DDP does, the parts become means over the patches of all overlapping pairs, or 0 if no pair overlaps. The paper's
-    sum over patches would weigh 49 to 196 times the image loss.
+    q, k: [N, P, D], the same P places in two views; overlap: [N] bool; negatives: [K, D]. Both are scaled so that their
+    mean over processes, which DDP takes, is the mean over the patches of all overlapping pairs; 0 if no pair overlaps.
+    Eq. 7 sums over the patches; we average, or the patch loss would weigh 49 (conv5_x) or 196 (conv4_x) times as much.
     """
     rows = common.to_float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
     losses, hits = InfoNCEInParts.apply(*rows, temperature)
@@ -204,15 +206,15 @@ PART = 2 ** 26  # similarities at a time: 0.25 GB
 
 
 class InfoNCEInParts(torch.autograd.Function):
-    """(common.info_nce of each row of q [R, D], whether its key in k [R, D] is nearer than all negatives).
+    """For each row of q [R, D], its term of Eq. 7, and whether its key in k [R, D] is nearer than every negative.
 
-    The gradient goes to q alone. For 256 images R is 50176 on conv4_x, and all R x K similarities would take 13 GB,
-    several times over. A few rows at a time give loss and gradient, which need the same softmax, and are done with.
+    Only q gets a gradient. For 256 images R is 50176 on conv4_x, and the R x K similarities alone would take 13 GB, so
+    we take a few rows at a time and compute their loss and gradient from one softmax.
     """
 
     @staticmethod
     def forward(ctx, q, k, negatives, temperature):
-        def some(q, k):  # [n, D] each
+        def rows_at_once(q, k):  # [n, D] each
             positive = (q * k).sum(dim=1) / temperature
             logits = (q / temperature) @ negatives.T                                      # [n, K]
             nearest = logits.amax(dim=1)
@@ -224,7 +226,7 @@ class InfoNCEInParts(torch.autograd.Function):
 
         n = max(1, PART // len(negatives))
         with torch.autocast(q.device.type, enabled=False):                                # see common.info_nce
-            parts = [some(*rows) for rows in zip(q.split(n), k.split(n))]
+            parts = [rows_at_once(*rows) for rows in zip(q.split(n), k.split(n))]
         losses, hits, gradient = (torch.cat(part) for part in zip(*parts))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(hits)
@@ -243,7 +245,7 @@ class InfoNCEInParts(torch.autograd.Function):
 def save_views(path, model, batch):
     """Write views.png: both views of a few images with the S x S grid in their intersection.
 
-    A number is the same spot of the scene in both. S is --roi-size or conv5's own, 7 at 224 pixels.
+    The same number marks the same place in both. S is --roi-size or conv5's own, 7 at 224 pixels.
     """
     columns = []
     for name in "qk":
@@ -256,7 +258,7 @@ def save_views(path, model, batch):
 
 
 def draw_grid(view, box, flip, side):
-    """A view [3, S, S] uint8, enlarged, with side x side numbered cells in its box [4]: float [3, ., .] in [0, 1]."""
+    """A view [3, H, H] uint8, enlarged, with side x side numbered cells in its box [4]: float [3, H', H'] in [0, 1]."""
     size = view.shape[-1]
     factor = 448 // size + 1
     picture = Image.fromarray(view.permute(1, 2, 0).numpy()).resize([size * factor] * 2)
@@ -292,7 +294,8 @@ def arguments():
     add("--dim", type=common.bounded(int, 1), help="length of a query or key")
     add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    add("--bn-splits", type=common.bounded(int, 1),
+        help="BN groups in a single process (default: 8; fewer for a small batch); under torchrun: one per process")
 
     def variant(args):
         ablation = args.augment == "moco" or args.augment is None and not args.data
@@ -327,7 +330,7 @@ def main():
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr
@@ -344,7 +347,7 @@ def main():
             run.monitor(model.encoder_q.backbone, monitor, device)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    run.summary(accuracy=f"chance is {1 / (args.queue + 1):.2g}", accuracy_patch="of patches, likewise")
+    run.summary(accuracy=f"chance is {1 / (args.queue + 1):.2g}", accuracy_patch="chance is the same")
     common.finish()
 
 

@@ -4,13 +4,13 @@ Contrastive learning is dictionary look-up: a query, one view of an image, must 
 image, among many keys of other images. MoCo makes the dictionary large by keeping the keys of past batches in a queue,
 and consistent by encoding them with a network that follows the query network slowly.
 
-    python moco.py                                                  shapes drawn on the fly, some minutes on two cores
+    python moco.py                                                  shapes drawn on the fly, a few minutes on two cores
     python moco.py --data DIR                                       your own images, version 2
-    torchrun --nproc_per_node=8 moco.py --data /imagenet            as in the paper
-    python moco.py --data DIR --mechanism bank|batch                the other dictionaries of Figure 2
+    torchrun --nproc_per_node=8 moco.py --data /imagenet            version 2; --version 1 for this paper's
+    python moco.py --data DIR --mechanism bank                      or batch: the other dictionaries of Figure 2
 
-Writes last.pt, log.jsonl and views.png to --out; the same command again resumes. The keys `encoder_q.backbone.*` of
-last.pt's `model` are those of torchvision's ResNet.
+Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt,
+`model` holds the backbone: `encoder_q.backbone.`, followed by torchvision's names for a ResNet.
 """
 import copy
 import math
@@ -42,8 +42,8 @@ DEMO = dict(
 def two_views(image, rng, size, min_area, key=True):
     """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size].
 
-    Without `key` only x_q, which is all that the memory bank needs. `index` says which image the views are of: another
-    one stands in for an image that cannot be decoded.
+    Without `key` only x_q, since the memory bank needs no second view. `index` is the image that the views really show:
+    if one cannot be decoded, another takes its place.
     """
     names = ["x_q", "x_k"] if key else ["x_q"]
     crops = [common.random_crop(image.size, (min_area, 1.0), rng) for _ in names]
@@ -54,7 +54,7 @@ def two_views(image, rng, size, min_area, key=True):
 
 
 def color_augmentation(version):
-    """Version 1's colors (Sec. 3.3), or version 2's, which add blur."""
+    """Version 1's colors (Sec. 3.3, strengths of the released code), or version 2's: with blur and less hue."""
     if version == 1:
         return common.Photometric(0.4, 0.4, 0.4, 0.4, grayscale_p=0.2)
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
@@ -83,8 +83,8 @@ class MoCo(nn.Module):
     """The pretext task with one of the three dictionaries of Figure 2.
 
     mechanism: where the negatives come from. "queue" is MoCo (Figure 2c). "batch" takes the other keys of the global
-    batch and trains end to end (2a). "bank" draws `queue` keys from a memory bank with an entry for each of `images`
-    (2b); there `momentum` mixes old and new features instead of parameters.
+    batch and trains one encoder, for queries and keys, end to end (2a). "bank" draws `queue` keys from a memory bank
+    with an entry for each of `images` (2b); there `momentum` mixes old and new features instead of parameters.
     bn_splits: BN groups of one process; shuffle: whether to use Shuffling BN.
     """
 
@@ -102,7 +102,7 @@ class MoCo(nn.Module):
             self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))
 
     def forward(self, batch):
-        """(InfoNCE loss of Eq. 1, stats). batch: x_q and x_k [N, 3, S, S] uint8; of the bank x_q and index [N]."""
+        """(InfoNCE loss of Eq. 1, stats). batch: x_q and x_k [N, 3, S, S] uint8; for the bank, x_q and index [N]."""
         q = self.encoder_q(self.photometric(batch["x_q"]))                                # [N, dim]
         if self.mechanism == "bank":
             k, negatives = self.look_up(batch["index"])
@@ -139,10 +139,10 @@ class MoCo(nn.Module):
     def look_up(self, index):
         """Bank entries of the images `index` [N], and of K others drawn at random, none of this process's batch."""
         others = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
-        # The j-th image that is not in the batch is image j plus the number of batch images before it. `smaller`
-        # counts the images before each batch image that are not in the batch; cummax since one may be there twice.
-        smaller = index.sort().values - torch.arange(len(index), device=index.device)
-        others += torch.searchsorted(smaller.cummax(dim=0).values, others, right=True)
+        # Draw j stands for the j-th image outside the batch: image j plus the number of batch images before it.
+        # before[i] counts the images outside the batch that precede its i-th image; cummax, as one may be there twice.
+        before = index.sort().values - torch.arange(len(index), device=index.device)
+        others += torch.searchsorted(before.cummax(dim=0).values, others, right=True)
         return self.bank[index], self.bank[others]
 
     @torch.no_grad()
@@ -160,14 +160,14 @@ class MoCo(nn.Module):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-INSTAGRAM = 62500  # steps between drops of the rate in the run on Instagram-1B (Sec. 4)
+INSTAGRAM_STEPS = 62500  # steps between drops of the rate in the run on Instagram-1B (Sec. 4)
 
 
 def learning_rate(args, step, total, warmup):
     """The learning rate of a step by --schedule, after `warmup` steps in which it rises from 0."""
     base = args.lr * args.batch_size / PAPER["batch_size"]
     if args.schedule == "instagram":
-        base, total = base * 0.9 ** (step // INSTAGRAM), math.inf  # no other fall
+        base, total = base * 0.9 ** (step // INSTAGRAM_STEPS), math.inf  # an endless cosine stays at base
     return common.learning_rate(base, step, total, warmup, drops=(0.6, 0.8) if args.schedule == "steps" else None)
 
 
@@ -182,15 +182,17 @@ def arguments():
     add = parser.own.add_argument
     add("--version", type=int, choices=[1, 2], help="1: linear head, step schedule; 2: MLP head, blur, cosine schedule")
     add("--schedule", choices=["cosine", "steps", "instagram"],
-        help="steps: a tenth at 120 and at 160 of 200 epochs, version 1's; instagram: times 0.9 every 62500 steps")
+        help="steps: divided by 10 at 0.6 and 0.8 of the run, version 1's (epochs 120 and 160 of 200); "
+             "instagram: times 0.9 every 62500 steps")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in the queue (or drawn from the bank)")
-    add("--momentum", type=common.bounded(float, 0, 1), help="m of Eq. 2; of the features for the bank (there 0.5)")
+    add("--momentum", type=common.bounded(float, 0, 1), help="m of Eq. 2; for the bank, of its features (0.5 there)")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau of Eq. 1; 0.07 in version 1")
     add("--dim", type=common.bounded(int, 1), help="length of a query or key")
     add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
-    add("--bn-splits", type=common.bounded(int, 1), help="BN groups of one process (default: 8; fewer if few images)")
+    add("--bn-splits", type=common.bounded(int, 1),
+        help="BN groups in a single process (default: 8; fewer for a small batch); under torchrun: one per process")
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
 
     def variant(args):
@@ -228,7 +230,7 @@ def main():
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
         lr = learning_rate(args, run.step, run.total, round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):

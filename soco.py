@@ -4,15 +4,15 @@ Every object proposal of an image is an instance of its own: its features in one
 its features in another view, where it lies elsewhere and is larger or smaller. All parts of a detector are pre-trained:
 backbone, feature pyramid and box head.
 
-    python soco.py                                              shapes drawn on the fly, some minutes on two cores
+    python soco.py                                              shapes drawn on the fly, a minute or two on two cores
     python soco.py --data DIR                                   your own images; proposals by selective search
     torchrun --nproc_per_node=8 soco.py --data /imagenet        as in the paper
     python soco.py --data DIR --detector c4                     for detectors without FPN
     python soco.py --data DIR --views 4                         SoCo*, with a fourth view
 
-Writes last.pt, log.jsonl, views.png and the proposals that it makes, proposals.npz, to --out; the same command again
-resumes. In last.pt's `model`, `online.backbone.*`, and with FPN `online.fpn.*` and `online.head.*`, are torchvision's
-ResNet, FeaturePyramidNetwork and FastRCNNConvFCHead.
+Writes last.pt, log.jsonl, views.png and the proposals that it makes (proposals.npz) to --out; run the same command
+again to resume. In last.pt's `model`, `online.backbone.*` has the layout of torchvision's ResNet; with FPN,
+`online.fpn.*` and `online.head.*` have those of FeaturePyramidNetwork and FastRCNNConvFCHead.
 """
 import contextlib
 import copy
@@ -44,7 +44,7 @@ WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, firs
 
 DEMO = dict(
     arch="resnet18w0.25", size=48, epochs=1, batch_size=64, lr=32.0, warmup=0.5, print_every=32, proposals="truth",
-    num_proposals=2, hidden=512)  # lr 32 at 2048 is 1.0 at 64: the paper's 0.25 is slow in 128 steps
+    num_proposals=2, hidden=512)  # lr is 1.0 at 64; the paper's 0.25 learns too slowly for 128 steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,12 +52,12 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
-    """V1: the image made square; V2: a crop of V1; V3: V2 made smaller; V4: another crop of V1 (SoCo*, Sec. 4.3).
+    """V1: the image resized to a square; V2: a crop of V1; V3: V2 downsampled; V4: a second crop (SoCo*, Sec. 4.3).
 
     proposals(image, rng): [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
     view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is the same
-    proposal in all of them, jittered, clipped and mirrored in each view on its own. It lies in V2, and in V4
-    if there is one.
+    proposal in all of them, jittered, clipped and mirrored in each view on its own. It is visible in V2, and in V4 if
+    there is one.
     """
     frame = np.array([0, 0, *image.size], float)  # of the whole image
     boxes = proposals(image, rng)
@@ -74,7 +74,7 @@ def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
     batch = {}
     for i, (view, crop, size) in enumerate(zip(image.crop(crops, sizes), crops, sizes), start=1):
         jittered = jitter(drawn, jitter_p, rng)
-        moved = np.where(inside(jittered, crop)[:, None], jittered, drawn)  # jitter takes no box out of the view
+        moved = np.where(inside(jittered, crop)[:, None], jittered, drawn)  # no jitter if it would leave the view
         view_boxes = to_view(moved, crop, size).clip(0, size)
         if rng.random() < 0.5:
             view, view_boxes = ImageOps.mirror(view), mirrored(view_boxes, size)
@@ -90,13 +90,13 @@ def to_view(boxes, crop, size):
 
 
 def inside(boxes, crop):
-    """[n] bool: which boxes keep at least 16 pixels a side within `crop`, if that is made 224 pixels."""
+    """[n] bool: which boxes show at least 16 x 16 pixels in `crop` resized to 224 x 224. The threshold is ours."""
     x1, y1, x2, y2 = to_view(boxes, crop, 224).clip(0, 224).T
     return (x2 - x1 >= 16) & (y2 - y1 >= 16)
 
 
 def jitter(boxes, p, rng):
-    """Boxes of which each, with probability p, has its center and size changed by up to a tenth of its own size."""
+    """Box jitter (Sec. 3.2): with probability p, moves and resizes a box by up to a tenth of its width and height."""
     center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     r = rng.uniform(-0.1, 0.1, (len(boxes), 4)) * (rng.random((len(boxes), 1)) < p)
     center, side = center + r[:, :2] * side, side + r[:, 2:] * side
@@ -108,7 +108,7 @@ def mirrored(boxes, size):
 
 
 def color_augmentation(view, size):
-    """BYOL's colors: of its first view for V1, of its second for the others. Blur's sigma is 0.1 to 2 pixels at 224."""
+    """BYOL's color augmentation: its first for V1, its second for the others. Blur sigma: 0.1 to 2 pixels at 224."""
     blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
     return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
                               sigma=(0.1 * size / 224, 2.0 * size / 224))
@@ -130,8 +130,8 @@ def assign_levels(boxes, size):
 def pyramid_roi_align(pyramid, boxes, levels, output_size):
     """[N*K, C, S, S]: each box pooled by RoIAlign on its assigned level alone.
 
-    pyramid: P2 to P5, [N, C, H/4, W/4], ...; boxes: [N, K, 4] in pixels of the view; levels: [N, K], or None to add up
-    all of them. On other levels a box is made empty: it takes no samples there and pools to zero.
+    pyramid: P2 to P5, [N, C, H/4, W/4], ...; boxes: [N, K, 4] in pixels of the view; levels: [N, K], or None to
+    pool each box on every level and add. On a level that is not its own, a box is made empty and pools to zero.
     """
     pooled = 0
     for level, (p, stride) in enumerate(zip(pyramid, (4, 8, 16, 32))):
@@ -143,9 +143,10 @@ def pyramid_roi_align(pyramid, boxes, levels, output_size):
 class ObjectEncoder(nn.Module):
     """f^I, RoIAlign, f^H and the projector g: a view [N, 3, H, W] and its boxes [N, K, 4] -> [N*K, dim], image-major.
 
-    detector: "fpn" has the backbone, pyramid and box head (four convolutions, one linear layer) of Mask R-CNN with FPN,
-    norms in all of them; "c4" pools from c4, and stage 5 is the head. size: of V1, in pixels. For Table 4: without
-    `head` the pooled features are averaged; without `levels` a box is pooled on all levels, which are added.
+    detector: "fpn" is the backbone, pyramid and box head of Mask R-CNN, with SyncBatchNorm in all of them; the head has
+    four convolutions and a linear layer, which the paper does not say. "c4" pools from c4, and layer4 is the head.
+    size: of V1, in pixels. For Table 4: without `head`, the pooled features are averaged; without `levels`, a box is
+    pooled on every level and the results are added.
     """
 
     def __init__(self, arch, detector, size, hidden, dim, head=True, levels=True):
@@ -216,8 +217,8 @@ class SoCo(nn.Module):
 def selective_search(image, space="HSV", scale=500, min_size=10):
     """[n, 4] xyxy pixels of the image: selective search with the paper's scale 500, sigma 0.9 and min_size 10.
 
-    In HSV, with one strategy: the paper does not say. The image is made 500 pixels at most on its longer side, as
-    ImageNet's have: more pixels are not more objects.
+    The paper does not name the color space or the number of strategies: we take HSV and one. The image is first shrunk
+    to at most 500 pixels on its longer side, about the size of ImageNet's, since more pixels are not more objects.
     """
     import cv2
     from cv2.ximgproc import segmentation as cv
@@ -237,7 +238,8 @@ def filter_proposals(boxes, size):
     """The boxes [n, 4] that may be objects in an image of (width, height), by Sec. 3.2: 1/3 <= w/h <= 3 and, relative
     to the image, 0.3 <= sqrt(wh) / sqrt(WH) <= 0.8.
 
-    If there is none: boxes of that aspect and at least 32 pixels a side; else of 32 pixels; else the whole image.
+    If there is none, the boxes of that aspect ratio with sides of at least 32 pixels; else all boxes with such sides;
+    else the whole image. These fallbacks are ours.
     """
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
     aspect = (w <= 3 * h) & (h <= 3 * w)
@@ -304,7 +306,7 @@ def save_proposals(path, source, boxes):
 
 
 def read_proposals(path, source):
-    """The Proposals in a file of `save_proposals`. Exits with 2 if it is none, or of other images."""
+    """The Proposals in a file that `save_proposals` wrote. Exits with 2 if it is no such file, or of other images."""
     try:
         with np.load(path) as arrays:
             boxes, offsets, names = (arrays[name] for name in ("boxes", "offsets", "names"))
@@ -469,7 +471,7 @@ def main():
     if monitor and run.step == 0:
         run.monitor(model.online.backbone, monitor, device, stage=4)
     for batch in batches:
-        if run.step == 0:
+        if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
         common.seed_everything(args.seed, run.step, common.rank())

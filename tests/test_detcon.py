@@ -470,7 +470,7 @@ def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     (["--masks", "grid17"], "grid1 to grid16"), (["--masks", "/no/such"], "no such folder"),
     (["--masks", "truth"], "drawn shapes"),
     (["--masks", "grid5", "--prepare"], "nothing to make"), (["--fh-scale", "5", "6"], "one scale or three"),
-    (["--momentum", "0.9"], "s has none"), (["--negatives", "5"], "does not divide the 16 images")])
+    (["--momentum", "0.9"], "DetCon-S has no target network"), (["--negatives", "5"], "does not divide the 16 images")])
 def test_usage_errors_end_with_2_and_one_line(pictures, tmp_path, monkeypatch, capsys, more, says):
     assert run(monkeypatch, *arguments(pictures, tmp_path, *more)) == 2
     error = capsys.readouterr().err
