@@ -38,7 +38,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from conftest import ROOT, fork, rows, script, weights, without_speed, write_pictures, write_scenes
+from conftest import ROOT, fork, rows, script, status_of, weights, without_speed, write_pictures, write_scenes
 import common
 
 COUNTS = {"kills": 50, "signals": 20, "restarts": 20, "files": 1000, "commands": 300}
@@ -127,17 +127,7 @@ def worker(name, *argv):
     """One of the processes that a launcher starts, as a fork: what `script` is to a command line."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)  # not the launcher's
-    code = 0
-    try:
-        script(name, *argv)
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException as error:
-        try:
-            sys.excepthook(type(error), error, error.__traceback__)
-            code = 1
-        except SystemExit as stop:
-            code = stop.code
+    code = status_of(script, name, *argv)
     if code:
         os._exit(code)
 

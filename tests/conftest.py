@@ -66,6 +66,21 @@ def in_two_processes(module, *argv):
     return in_processes(2, exit_code, module, *argv)
 
 
+def status_of(function, *args):
+    """The exit code of a program that is function(*args); an exception goes to sys.excepthook, as Python's end does."""
+    try:
+        function(*args)
+    except SystemExit as stop:
+        return stop.code or 0
+    except BaseException as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as stop:
+            return stop.code
+        return 1
+    return 0
+
+
 def _child(log, function, args):
     os.setsid()
     atexit._clear()
@@ -77,17 +92,7 @@ def _child(log, function, args):
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
     torch.set_num_threads(1)
-    code = 0
-    try:
-        function(*args)
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException as error:
-        try:
-            sys.excepthook(type(error), error, error.__traceback__)
-            code = 1
-        except SystemExit as stop:
-            code = stop.code
+    code = status_of(function, *args)
     atexit._run_exitfuncs()
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)

@@ -421,7 +421,8 @@ def arguments():
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, to evaluate on (default of both: drawn shapes)")
     add("--protocol", choices=["objects", "supervised", "linear", "svm", "knn", "finetune"],
         help="how the features are evaluated")
-    add("--size", type=common.bounded(int, 32), help="side of a view in pixels; 48 for the drawn shapes")
+    add("--size", type=common.bounded(int, 32),
+        help="side of a view in pixels; objects: 800, or 160 for the drawn shapes")
     add("--boxes", type=common.bounded(int, 1), help="of objects: boxes to learn from, and to evaluate on, at most")
     add("--stage", type=int, choices=[2, 3, 4, 5], help="whose output is classified; svm and knn show all")
     add("--weight-decay", type=common.bounded(float, 0), help="1e-4 in finetune and supervised")
