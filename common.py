@@ -1586,10 +1586,11 @@ class Run:
                     "images_per_s": round((self.step - step) * self.args.batch_size / took, 1),
                     "data_wait": round((self.loader.waited - waited) / took, 3)})
 
-    def monitor(self, backbone, pair, device, stage=5):
+    def monitor(self, backbone, pair, device, stage=5, pool=None):
         """A row with the kNN accuracy of a stage of `backbone` on the pair (train, val).
 
-        If they are drawn shapes, only before the first step and after the last, and with the object probe.
+        If they are drawn shapes, only before the first step and after the last, and with the object probe, whose
+        features of boxes are what `pool` makes of the stages (default: `pool_stages`).
         """
         drawn = isinstance(pair[0], Shapes)
         if drawn and self.step not in (0, self.total):
@@ -1599,7 +1600,7 @@ class Run:
             if drawn:
                 size, seed = pair[0].size, pair[0].seed
                 scenes = Shapes(1200, size, seed).draw_all(), Shapes(400, size, seed + 1).draw_all()
-                figures = probe(backbone, *scenes, detector_size(size), device, self.args.workers)
+                figures = probe(backbone, *scenes, detector_size(size), device, self.args.workers, pool or pool_stages)
                 row |= {f"probe_{name}": x for name, x in figures.items()}
         self.write(row)
         self.restart_clock()
@@ -1649,7 +1650,7 @@ class Run:
         figures = [f"{name} {np.mean(values):.3g} ({hints[name]})" for name, values in stats.items() if values]
         if knns:
             figures += [f"kNN {knns[-1]:.1%}" + (f" ({start} {knns[0]:.1%})" if "knn" in rows[0] else "")]
-        probes = [{name: row[f"probe_{name}"] for name in ("c2", "c3", "c4", "c5")}
+        probes = [{name[6:]: x for name, x in row.items() if name.startswith("probe_")}
                   for row in rows if "probe_c2" in row]
         if len(probes) == 2:
             told = ", ".join(f"{name} {after:.1%} ({before:.1%})"
@@ -1888,13 +1889,13 @@ def detector_size(size):
 
 @torch.no_grad()
 @exact_products()
-def probe(backbone, train, val, size, device, workers=0):
+def probe(backbone, train, val, size, device, workers=0, pool=pool_stages):
     """{"c2": accuracy in [0, 1], ..., "c5"} of a linear classifier that tells the object in a box by one stage.
 
-    train, val: sources with objects, to learn from and to evaluate on.
+    train, val: sources with objects, to learn from and to evaluate on; pool(stages, boxes): the features of boxes.
     """
     normalize = Photometric().to(device)
-    encode = lambda views, boxes: pool_stages(backbone(normalize(views)), boxes)
+    encode = lambda views, boxes: pool(backbone(normalize(views)), boxes)
     features = lambda source: box_features(encode, source, range(len(source)), size, device, workers)
     with evaluating(backbone):
         (x, y), (x_val, y_val) = features(train), features(val)

@@ -176,6 +176,22 @@ class ObjectEncoder(nn.Module):
             h = self.backbone.layer4(rois).mean(dim=(2, 3))                               # Eq. 1: [N*K, 2048]
         return self.projector(h)
 
+    def pool(self, stages, boxes):
+        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: the features that each part has of all n boxes, to probe them.
+
+        stages: c2 to c5 of square images; boxes: [k, 4] of each, in its pixels.
+        """
+        rows = common.pool_stages(stages, boxes)
+        if self.detector == "fpn":
+            padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)                   # [N, K, 4]
+            real = torch.cat([torch.arange(padded.shape[1], device=padded.device) < len(own) for own in boxes])  # [N*K]
+            levels = assign_levels(padded, 4 * stages[0].shape[-1]) if self.levels else None
+            with common.evaluating(self):
+                pyramid = list(self.fpn(dict(enumerate(stages))).values())
+                pooled = {side: pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7)}
+                rows |= {"pyramid": pooled[3].flatten(1).float(), "head": self.head(pooled[7]).float()}
+        return rows
+
 
 class SoCo(nn.Module):
     """The pretext task: the online network and the target network, which follows it by `update(momentum)`.
@@ -469,7 +485,7 @@ def main():
     ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
-        run.monitor(model.online.backbone, monitor, device, stage=4)
+        run.monitor(model.online.backbone, monitor, device, stage=4, pool=model.online.pool)
     for batch in batches:
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
@@ -488,7 +504,7 @@ def main():
         if run.step % args.print_every == 0:
             run.log(loss, stats, lr)
         if monitor and run.step % run.steps_per_epoch == 0:
-            run.monitor(model.online.backbone, monitor, device, stage=4)
+            run.monitor(model.online.backbone, monitor, device, stage=4, pool=model.online.pool)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
     run.summary(loss=f"0 if nothing is learned, {4 - 4 * args.views} if all is",

@@ -320,29 +320,17 @@ class Network(nn.Module):
     def __init__(self, args):
         super().__init__()
         tensors, _ = convert.initial(args, ("backbone", "fpn", "head"))
-        encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)
-        self.backbone, self.fpn, self.head = common.resnet(args.arch, common.SyncBatchNorm), encoder.fpn, encoder.head
-        self.size = args.size
+        self.encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)
+        self.encoder.backbone = common.resnet(args.arch, common.SyncBatchNorm)  # its last gammas are no zeros
         fits = {name: x for name, x in tensors.items() if name.partition(".")[0] in ("backbone", "fpn", "head")}
-        self.load_state_dict(fits, strict=False)
-        self.detects = not tensors or any(name.startswith("head.") for name in tensors)
+        self.encoder.load_state_dict(fits, strict=False)
+        detects = not tensors or any(name.startswith("head.") for name in tensors)
+        self.pool = self.encoder.pool if detects else common.pool_stages
         self.normalize = common.Photometric()
 
     def forward(self, views, boxes):
-        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: the features that each part has of all n boxes.
-
-        views: [N, 3, S, S] uint8; boxes: [k, 4] of each, in its pixels.
-        """
-        stages = self.backbone(self.normalize(views))
-        rows = common.pool_stages(stages, boxes)
-        if self.detects:
-            pyramid = list(self.fpn(dict(enumerate(stages))).values())
-            padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)                   # [N, K, 4]
-            real = torch.cat([torch.arange(padded.shape[1], device=views.device) < len(own) for own in boxes])  # [N*K]
-            levels = soco.assign_levels(padded, self.size)
-            pooled = {side: soco.pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7)}
-            rows |= {"pyramid": pooled[3].flatten(1).float(), "head": self.head(pooled[7]).float()}
-        return rows
+        """The features of all boxes, as `pool` gives them. views: [N, 3, S, S] uint8; boxes: [k, 4] of each."""
+        return self.pool(self.encoder.backbone(self.normalize(views)), boxes)
 
 
 class Supervised(nn.Module):
@@ -376,8 +364,8 @@ def objects(args, device):
     if args.protocol == "supervised":
         images = source if args.train else common.Shapes(SHAPES["unlabeled"], SHAPES["size"], args.seed).draw_all()
         views = partial(common.object_view, source=images, size=args.size)
-        run = train(args, images, Supervised(network.backbone, classes), views, device, common.collate_lists)
-        network.detects = False
+        run = train(args, images, Supervised(network.encoder.backbone, classes), views, device, common.collate_lists)
+        network.pool = common.pool_stages
         if run.step < run.total:
             return
     network.to(device, memory_format=torch.channels_last).eval()

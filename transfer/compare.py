@@ -104,7 +104,8 @@ def tasks(args, method, seed):
     out, size = args.out / f"{method}-{seed}", args.size
     large = common.detector_size(size)
     source, checkpoint = ["--train", *args.train, "--val", *args.val], ["--init", out / "last.pt"]
-    shared = ["--arch", args.arch, "--save-every", 100, "--seed", seed, "--out", out, "--batch-size"]
+    amp = ["--amp", args.amp] if args.amp else []
+    shared = [*amp, "--arch", args.arch, "--save-every", 100, "--seed", seed, "--out", out, "--batch-size"]
     todo = []
     if method == "supervised":
         images = args.labels[1, seed][1]
@@ -122,7 +123,7 @@ def tasks(args, method, seed):
         command = script(f"{method}.py", "--data", args.data, "--epochs", args.epochs, "--size", size, *demo, *shared,
                          args.batch_size, *added)
         todo.append(("pre-training", command, out / "last.pt"))
-    probe = [*checkpoint, "--seed", seed, "--out", out, "--protocol"]
+    probe = [*checkpoint, *amp, "--seed", seed, "--out", out, "--protocol"]
     command = script("transfer/classify.py", *probe, "objects", "--size", large, *source, several=False)
     todo.append(("objects", command, out / "objects.json"))
     if args.knn:
@@ -132,7 +133,7 @@ def tasks(args, method, seed):
         labels, images = args.labels[share, seed]
         batch = min(8, images)
         epochs, folder = max(1, round(args.steps / (images // batch))), out / f"AP-{share:g}"
-        detect = script("transfer/detect.py", *checkpoint, "--train", args.train[0], labels, "--val", *args.val,
+        detect = script("transfer/detect.py", *checkpoint, *amp, "--train", args.train[0], labels, "--val", *args.val,
                         "--seed", seed, "--size", large, large, "--rois", 32, "--batch-size", batch, "--lr", 0.04,
                         "--warmup", 0.5, "--epochs", epochs, "--save-every", 100, "--out", folder)
         todo.append((f"AP, {share:.0%} of labels", detect, folder / "log.jsonl"))
@@ -256,6 +257,7 @@ def arguments():
     add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
     add("--steps", type=common.bounded(int, 0), default=150,
         help="of fine-tuning a detector, 8 images each (default: 150; 0: no detectors)")
+    add("--amp", choices=["bf16", "off"], help="mixed precision (default: as the scripts'; a CPU with AMX is faster)")
     add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
     add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"),
         help="more flags for a method's script")

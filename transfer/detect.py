@@ -46,8 +46,8 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
     """torchvision's detector, with norms in backbone, FPN and box head that are trained, over all processes.
 
     size: range of the image's shorter side in training, in pixels; tests are at the larger, and the pyramid level of a
-    box is that of its size at 800. rois: the number of an image that train the box head. A backbone narrower than
-    ResNet's has a detector narrower by the same factor.
+    box is that of its size at 800. rois: the number of an image that train the box head, drawn from about four times
+    as many proposals. A backbone narrower than ResNet's has a detector narrower by the same factor.
     """
     norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
@@ -75,7 +75,9 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
     else:
         box_head = TwoMLPHead(channels * 7 * 7, 4 * channels)
     pool = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=2, canonical_scale=224 * size[1] / 800)
+    proposals = round(2000 * rois / 512)  # 2000 is torchvision's and Detectron2's
     parts = dict(box_roi_pool=pool(output_size=7), box_head=box_head, box_batch_size_per_image=rois,
+                 rpn_pre_nms_top_n_train=proposals, rpn_post_nms_top_n_train=proposals,
                  box_predictor=FastRCNNPredictor(4 * channels, classes + 1), **scales)
     if model == "maskrcnn":
         return MaskRCNN(backbone, mask_roi_pool=pool(output_size=14),
