@@ -527,9 +527,10 @@ def momentum_update(target, online, m):
 # --- Optimization ----------------------------------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum that scales each tensor's update to trust * ||weight|| / ||update|| (You et al. 2017).
+    """SGD with momentum that scales each tensor's update by trust * ||weight|| / ||update|| (You et al. 2017).
 
-    Biases and norm parameters (ndim <= 1) get neither weight decay nor the scaling, as in SimCLR and BYOL.
+    Biases and norm parameters (ndim <= 1) get neither weight decay nor the scaling, as in SimCLR and BYOL. Nor is a
+    tensor scaled that had no part in the step: weight decay, scaled up, would wipe out what it does not train.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
@@ -549,9 +550,11 @@ class LARS(torch.optim.Optimizer):
             updates = [p.grad.clone() for p in params]
             if matrices:
                 scaled = updates[:len(matrices)]
+                norms = lambda tensors: torch.stack(torch._foreach_norm(tensors))
+                gradient = norms(scaled)
                 torch._foreach_add_(scaled, matrices, alpha=group["weight_decay"])
-                weight, update = (torch.stack(torch._foreach_norm(tensors)) for tensors in (matrices, scaled))
-                ratio = torch.where((weight > 0) & (update > 0), group["trust"] * weight / update, 1.0)
+                weight, update = norms(matrices), norms(scaled)
+                ratio = torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / update, 1.0)
                 torch._foreach_mul_(scaled, list(ratio.unbind()))
             for p in params:
                 if "momentum_buffer" not in self.state[p]:

@@ -223,6 +223,15 @@ def test_lars_leaves_a_weight_alone_that_has_no_gradient_and_moves_one_that_is_z
     assert (still == 1).all() and torch.allclose(zero, torch.full((2, 2), -0.1))
 
 
+def test_lars_does_not_wipe_out_a_weight_whose_gradient_is_zero():
+    unused = nn.Parameter(torch.ones(3, 3))  # such as the convolution of a pyramid level without a box
+    optimizer = common.LARS([unused], lr=1.0, momentum=0.9, weight_decay=1e-5)
+    for _ in range(100):
+        unused.grad = torch.zeros(3, 3)
+        optimizer.step()
+    assert 0.98 < unused.min() < 1                                       # plain weight decay; scaled: 0.4
+
+
 # --- photometric augmentation ---
 
 def slow_photometric(x, draw, i, radius):
