@@ -132,10 +132,11 @@ def tasks(args, method, seed):
     for share in (FEW, 1) if args.steps else ():
         labels, images = args.labels[share, seed]
         batch = min(8, images)
-        epochs, folder = max(1, round(args.steps / (images // batch))), out / f"AP-{share:g}"
+        in_epoch, folder = images // batch, out / f"AP-{share:g}"
         detect = script("transfer/detect.py", *checkpoint, *amp, "--train", args.train[0], labels, "--val", *args.val,
-                        "--seed", seed, "--size", large, large, "--rois", 32, "--batch-size", batch, "--lr", 0.04,
-                        "--warmup", 0.5, "--epochs", epochs, "--save-every", 100, "--out", folder)
+                        "--seed", seed, "--size", large, large, "--rois", 32, "--batch-size", batch, "--lr", 0.08,
+                        "--warmup", 20 / in_epoch, "--epochs", max(1, round(args.steps / in_epoch)),
+                        "--save-every", 100, "--out", folder)
         todo.append((f"AP, {share:.0%} of labels", detect, folder / "log.jsonl"))
     return todo
 
@@ -255,8 +256,8 @@ def arguments():
         help="side of a view in pixels (default: 48); probes and detectors get images 800 / 224 times as large")
     add("--epochs", type=count, default=8, help="passes over --data (default: 8)")
     add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
-    add("--steps", type=common.bounded(int, 0), default=150,
-        help="of fine-tuning a detector, 8 images each (default: 150; 0: no detectors)")
+    add("--steps", type=common.bounded(int, 0), default=400,
+        help="of fine-tuning a detector, 8 images each (default: 400; 0: no detectors)")
     add("--amp", choices=["bf16", "off"], help="mixed precision (default: as the scripts'; a CPU with AMX is faster)")
     add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
     add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"),
