@@ -32,7 +32,7 @@ def planned(monkeypatch, flags, method, seed=0):
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
     args = compare.arguments()
     args.out.mkdir(exist_ok=True)
-    args.images, args.labels = 20, compare.share_labels(args.train[1], args.seeds, args.out)
+    args.images, args.labels = 20, compare.share_labels(args.train[1], args.shares, args.seeds, args.out)
     return compare.tasks(args, method, seed)
 
 
@@ -77,7 +77,7 @@ def test_a_share_of_the_labels_is_of_whole_images_and_another_seed_draws_others(
     folder = write_scenes(tmp_path / "train", 20)
     every, drawn = json.loads((folder / "annotations.json").read_text()), []
     for _ in range(2):
-        shares = compare.share_labels(folder / "annotations.json", 2, tmp_path)
+        shares = compare.share_labels(folder / "annotations.json", [0.1, 1], 2, tmp_path)
         assert shares[1, 0] == shares[1, 1] == (folder / "annotations.json", 20)
         for seed in range(2):
             few = json.loads(shares[0.1, seed][0].read_text())

@@ -9,8 +9,8 @@
 Every network sees the same images equally often in views of the same size, with the settings that the method's demo
 takes for a short run, over several seeds. `random` is the untrained network, `random0` one whose residual blocks begin
 as the identity, as SoCo's and DetCon's do; `supervised`, a ceiling, has learned from the labels of --train for as long.
-Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of detect.py after fine-tuning on a
-tenth of the labels and on all of them, in images 800 / 224 as large as pre-training's views, as detectors see them.
+Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of detect.py after fine-tuning on
+--shares of the labels, in images 800 / 224 as large as pre-training's views, as detectors see them.
 Writes table.md, chart.png and what the scripts write to --out; the same command again resumes. GPUs work together on
 one network, a CPU's cores on a network each.
 """
@@ -23,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from threading import Lock
 
@@ -40,7 +41,6 @@ OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "mask
 SHORT = {**dict.fromkeys(("moco", "detco", "dupr"), dict(lr=1.0, bn_splits=2)),      # some hundred steps of 64 images
          "soco": dict(warmup=1, num_proposals=3)}
 SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)       # drawn pictures
-FEW = 0.1                                                                            # of the labels
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -75,19 +75,19 @@ def draw_shapes(folder, size):
             Image.fromarray(single.scene(i)[0]).save(path)
 
 
-def share_labels(path, seeds, folder):
-    """{(share, seed): (COCO's annotations of that share of the annotated images, how many those are)} for FEW and 1."""
+def share_labels(path, shares, seeds, folder):
+    """{(share, seed): (COCO's annotations of that share of the annotated images, how many those are)}, and of all."""
     dataset = json.loads(Path(path).read_text())
     shown = sorted({annotation["image_id"] for annotation in dataset["annotations"]})
-    shares = {}
-    for seed in range(seeds):
-        kept = set(np.random.default_rng(seed).permutation(shown)[:max(1, round(FEW * len(shown)))].tolist())
-        few = {**dataset, "images": [image for image in dataset["images"] if image["id"] in kept],
-               "annotations": [annotation for annotation in dataset["annotations"] if annotation["image_id"] in kept]}
-        file = folder / f"labels-{seed}.json"
-        file.write_text(json.dumps(few))
-        shares |= {(FEW, seed): (file, len(kept)), (1, seed): (path, len(shown))}
-    return shares
+    labels = {(1, seed): (path, len(shown)) for seed in range(seeds)}
+    for share, seed in product(set(shares) - {1}, range(seeds)):
+        kept = set(np.random.default_rng(seed).permutation(shown)[:max(1, round(share * len(shown)))].tolist())
+        part = {**dataset, "images": [image for image in dataset["images"] if image["id"] in kept],
+                "annotations": [annotation for annotation in dataset["annotations"] if annotation["image_id"] in kept]}
+        file = folder / f"labels-{share:g}-{seed}.json"
+        file.write_text(json.dumps(part))
+        labels[share, seed] = file, len(kept)
+    return labels
 
 
 # --- What there is to do ---------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def tasks(args, method, seed):
     if args.knn:
         command = script("transfer/classify.py", *probe, "knn", "--size", size, "--data", args.knn)
         todo.append(("kNN", command, out / "knn.json"))
-    for share in (FEW, 1) if args.steps else ():
+    for share in args.shares if args.steps else ():
         labels, images = args.labels[share, seed]
         batch = min(8, images)
         in_epoch, folder = images // batch, out / f"AP-{share:g}"
@@ -137,7 +137,7 @@ def tasks(args, method, seed):
                         "--seed", seed, "--size", large, large, "--rois", 32, "--batch-size", batch, "--lr", 0.08,
                         "--warmup", 20 / in_epoch, "--epochs", max(1, round(args.steps / in_epoch)),
                         "--save-every", 100, "--out", folder)
-        todo.append((f"AP, {share:.0%} of labels", detect, folder / "log.jsonl"))
+        todo.append((f"AP, {100 * share:g}% of labels", detect, folder / "log.jsonl"))
     return todo
 
 
@@ -193,11 +193,11 @@ def figures(args, method, seed):
     if (out / "knn.json").exists():
         stages = json.loads((out / "knn.json").read_text())
         found["kNN"] = 100 * max(x["kNN"] for stage, x in stages.items() if stage != "title")
-    for share in (FEW, 1):
+    for share in args.shares:
         path = out / f"AP-{share:g}" / "log.jsonl"
         aps = [row["AP"] for row in common.read_log(path) if "AP" in row] if path.exists() else []
         if aps:
-            found[f"AP {share:.0%}"] = aps[-1]
+            found[f"AP {100 * share:g}%"] = aps[-1]
     if (out / "log.jsonl").exists():
         speeds = [row["images_per_s"] for row in common.read_log(out / "log.jsonl") if "images_per_s" in row]
         if speeds:
@@ -213,7 +213,7 @@ def report(args, methods):
         names = [name for name in dict.fromkeys(name for row in seeds for name in row)]
         values = {name: [row[name] for row in seeds if name in row] for name in names}
         rows[method] = {name: (np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.0) for name, x in values.items()}
-    columns = ("c2", "c3", "c4", "c5", "pyramid", "head", "kNN", f"AP {FEW:.0%}", "AP 100%", "minutes")
+    columns = ("c2", "c3", "c4", "c5", "pyramid", "head", "kNN", *(f"AP {100 * x:g}%" for x in args.shares), "minutes")
     columns = [name for name in columns if any(name in row for row in rows.values())]
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     for method, row in rows.items():
@@ -222,8 +222,8 @@ def report(args, methods):
     table = "\n".join(lines)
     (args.out / "table.md").write_text(table + "\n")
     titles = {f"c{k}": f"objects told by c{k}, accuracy in %" for k in (2, 3, 4, 5)}
-    titles |= {"kNN": "nearest neighbors, accuracy in %", f"AP {FEW:.0%}": f"AP with {FEW:.0%} of the labels",
-               "AP 100%": "AP with all labels"}
+    titles |= {"kNN": "nearest neighbors, accuracy in %",
+               **{f"AP {100 * x:g}%": f"AP with {100 * x:g}% of the labels" for x in args.shares}}
     panels = []
     for name, title in titles.items():
         bars = {method: row[name] for method, row in rows.items() if name in row}
@@ -258,6 +258,8 @@ def arguments():
     add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
     add("--steps", type=common.bounded(int, 0), default=400,
         help="of fine-tuning a detector, 8 images each (default: 400; 0: no detectors)")
+    add("--shares", type=common.bounded(float, 0, 1), nargs="+", default=[0.1, 1],
+        help="of the labels, to fine-tune a detector on (default: 0.1 1)")
     add("--amp", choices=["bf16", "off"], help="mixed precision (default: as the scripts'; a CPU with AMX is faster)")
     add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
     add("--add", nargs=2, action="append", default=[], metavar=("METHOD", "FLAGS"),
@@ -286,7 +288,8 @@ def main():
         args.data, args.knn = str(folder / "unlabeled"), str(folder / "knn")
         args.train, args.val = ([str(folder / part), str(folder / f"{part}.json")] for part in ("train", "val"))
         args.add += [("soco", f"--proposals {folder}/boxes.npz"), ("detcon", f"--masks {folder}/masks")]
-    args.images, args.labels = len(common.ImageFolder(args.data)), share_labels(args.train[1], args.seeds, args.out)
+    args.images = len(common.ImageFolder(args.data))
+    args.labels = share_labels(args.train[1], args.shares, args.seeds, args.out)
     methods = ["random", "random0", *args.methods, *args.files, "supervised"]
     networks = [(method, seed) for seed in range(args.seeds) for method in methods]
     progress = Progress([kind for network in networks for kind, _, _ in tasks(args, *network)], args.jobs)
