@@ -1765,14 +1765,15 @@ def make_files(label, count, path, write, device):
 @contextmanager
 def evaluating(network):
     """Context in which the network is in eval mode, in all processes with the running statistics of process 0."""
-    training = network.training
+    training = [module for module in network.modules() if module.training]
     network.eval()
     for buffer in network.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)
     try:
         yield
     finally:
-        network.train(training)
+        for module in training:
+            module.training = True
 
 
 def map_images(function, source, view, indices, batch_size, device, workers=0, collate=None):

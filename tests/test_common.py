@@ -232,6 +232,15 @@ def test_lars_does_not_wipe_out_a_weight_whose_gradient_is_zero():
     assert 0.98 < unused.min() < 1                                       # plain weight decay; scaled: 0.4
 
 
+def test_evaluating_gives_every_module_back_the_mode_it_had():
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.BatchNorm1d(2)))
+    with common.evaluating(net[1]):
+        with common.evaluating(net):
+            assert not any(module.training for module in net.modules())
+        assert net.training and net[0].training and not net[1].training and not net[1][0].training
+    assert all(module.training for module in net.modules())
+
+
 # --- photometric augmentation ---
 
 def slow_photometric(x, draw, i, radius):

@@ -324,7 +324,7 @@ class Network(nn.Module):
         self.encoder.backbone = common.resnet(args.arch, common.SyncBatchNorm)  # its last gammas are no zeros
         fits = {name: x for name, x in tensors.items() if name.partition(".")[0] in ("backbone", "fpn", "head")}
         self.encoder.load_state_dict(fits, strict=False)
-        detects = not tensors or any(name.startswith("head.") for name in tensors)
+        detects = args.init in ("random", "random0") or any(name.startswith("head.") for name in tensors)
         self.pool = self.encoder.pool if detects else common.pool_stages
         self.normalize = common.Photometric()
 
