@@ -63,17 +63,13 @@ Image.MAX_IMAGE_PIXELS = None                             # --max-pixels is the 
 
 # --- How a program ends ----------------------------------------------------------------------------------------------
 
-def fail(message, everywhere=False):
-    """End the program as a usage error: exit code 2, one line on stderr, from process 0 alone unless `everywhere`."""
+def fail(message, everywhere=False, code=2):
+    """End the program with one line on stderr, from process 0 alone unless `everywhere`; code 2 is a usage error."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
-        print_error(message)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun stops all processes as soon as one ends: let process 0 speak first
-    sys.exit(2)
-
-
-def print_error(message):
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def print_line(line):
@@ -93,7 +89,7 @@ class Stop:
     """
 
     def __init__(self):
-        self.signal, self.since, self.holding, self.leaving = 0, 0.0, False, False
+        self.signal, self.since, self.holding = 0, 0.0, False
 
     def listen(self):
         for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -102,30 +98,18 @@ class Stop:
         os.register_at_fork(after_in_child=ignore_signals)
         atexit.register(kill_workers)
         sys.excepthook, threading.excepthook = report_crash, report_thread_crash
-        sys.unraisablehook = self.leave_again
 
     def receive(self, which, frame):
         second = self.signal
         if second and time.monotonic() < self.since + 3:
             return
         self.signal, self.since = which, time.monotonic()
-        if second:
-            kill_workers()
-            os._exit(128 + which)
-        if not self.holding:
-            if int(os.environ.get("RANK", 0)) == 0 and not self.leaving:
+        if second or not self.holding:
+            if not second and int(os.environ.get("RANK", 0)) == 0:
                 os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(which).name.encode())
-            self.leaving = True
-            sys.exit(128 + which)
-
-    def leave_again(self, unraisable):
-        """sys.unraisablehook: Python drops every exception of some callbacks, of those around a fork for example. If it
-        drops the end of the program, ask for that once more.
-        """
-        if not (self.leaving and isinstance(unraisable.exc_value, SystemExit)):
-            return sys.__unraisablehook__(unraisable)
-        which, self.signal = self.signal, 0
-        threading.Timer(0.1, os.kill, (os.getpid(), which)).start()
+            sys.stdout.flush()
+            kill_workers()
+            os._exit(128 + which)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
 
     def agreed(self):
         """The signal that any process has received, the same in all of them, or 0. All call it after the same step."""
@@ -176,8 +160,7 @@ def report_crash(kind, error, trace):
     elif not (dist.is_initialized() and re.search("[Cc]onnection|remote process|Gloo|NCCL", text)):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
-    print_error(line)
-    sys.exit(128 + stop.signal if stop.signal else 1)
+    fail(line, everywhere=True, code=128 + stop.signal if stop.signal else 1)
 
 
 def report_thread_crash(args):
