@@ -1,6 +1,6 @@
 """What the five methods share and none of the papers is about. Each section can be read on its own:
 
-    How a program ends          usage errors, signals, crashes: one line each, never a traceback
+    How a program ends          usage errors, signals, a full disk, no memory: one line each instead of a traceback
     Processes                   torchrun's processes, gathering, DistributedDataParallel, Shuffling BN
     Networks                    BatchNorm, ResNet stages, RoIAlign, the MLP of projectors
     Contrast                    the queue, InfoNCE, the momentum update
@@ -9,7 +9,7 @@
     Images                      an image, crops of it, a folder of images
     Shapes                      drawn images with boxes, masks and classes: the data of every demo
     Batches                     from images to batches on the device
-    Weights to start from       --init: checkpoints of ours and of others
+    Weights to start from       --init: our checkpoints and other people's
     Runs                        checkpoints, log.jsonl, views.png
     Long work before training   files made by all processes together
     Evaluation                  the kNN monitor and the object probe
@@ -39,7 +39,6 @@ import time
 import warnings
 import zlib
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -64,7 +63,10 @@ Image.MAX_IMAGE_PIXELS = None                             # --max-pixels is the 
 # --- How a program ends ----------------------------------------------------------------------------------------------
 
 def fail(message, everywhere=False, code=2):
-    """End the program with one line on stderr, from process 0 alone unless `everywhere`; code 2 is a usage error."""
+    """End the program with one line on stderr, which process 0 alone prints unless `everywhere`.
+
+    Code 2, the default, stands for a usage error.
+    """
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     else:
@@ -73,7 +75,7 @@ def fail(message, everywhere=False, code=2):
 
 
 def print_line(line):
-    """print, until nobody listens: a run does not end with the `tee` that it is piped to."""
+    """Print a line if anybody reads it: a run goes on when the `tee` that it is piped to has ended."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -83,37 +85,37 @@ def print_line(line):
 class Stop:
     """Ends the program on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP with nothing lost; exit code 128 + signal.
 
-    In the loop of a run (`.holding`) a signal is only noted in `.signal`, and `Run.until_stopped` ends the run after
-    the step. Elsewhere the program ends at once: what it has finished is on disk. A second signal ends it at once too,
-    unless it comes within 3 seconds: torchrun repeats to its processes a signal that they have received already.
+    While a run trains (`.holding`), a signal is only noted in `.signal`, and `Run.until_stopped` ends the run after the
+    step. Otherwise the program ends at once: what it has finished is on disk. A second signal always ends it at once,
+    unless it comes within 3 seconds, since torchrun passes on to its processes a signal that they may have already.
     """
 
     def __init__(self):
         self.signal, self.since, self.holding = 0, 0.0, False
 
     def listen(self):
-        for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(which) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(which, self.receive)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                signal.signal(number, self.receive)
         os.register_at_fork(after_in_child=ignore_signals)
         atexit.register(kill_workers)
         sys.excepthook, threading.excepthook = report_crash, report_thread_crash
 
-    def receive(self, which, frame):
+    def receive(self, number, frame):
         second = self.signal
         if second and time.monotonic() < self.since + 3:
             return
-        self.signal, self.since = which, time.monotonic()
+        self.signal, self.since = number, time.monotonic()
         if second or not self.holding:
             if not second and int(os.environ.get("RANK", 0)) == 0:
-                os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(which).name.encode())
+                os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(number).name.encode())
             sys.stdout.flush()
             kill_workers()
-            os._exit(128 + which)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
+            os._exit(128 + number)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
 
     def agreed(self):
-        """The signal that any process has received, the same in all of them, or 0. All call it after the same step."""
-        flag = torch.tensor(self.signal)  # on the CPU: the hosts meet, and no device is waited for
+        """The signal that any process has received, or 0; the same in all. All must call it after the same step."""
+        flag = torch.tensor(self.signal)  # on the CPU, so that no process waits for its device
         if world_size() > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
@@ -123,20 +125,21 @@ stop = Stop()
 
 
 def ignore_signals(worker=None):
-    """In a child process: leave to the parent the signals that go to all processes; a loader worker, SIGTERM too.
+    """Make a child process ignore the signals that its parent handles.
 
-    A loader worker ends with its parent, even if that is killed: the next run may write the same files.
+    DataLoader calls this in a worker, with the worker's number. A worker ignores SIGTERM too, and ends with its parent
+    even if that is killed: the next run may write the same files.
     """
     if worker is not None:
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
-    for which in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(which, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if worker is None else signal.SIG_IGN)
 
 
 def kill_workers():
-    """End the loader workers, which ignore the SIGTERM of multiprocessing."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch takes their end for a crash
+    """End the loader workers, which ignore the SIGTERM that multiprocessing sends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would take their end for a crash
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -148,7 +151,7 @@ def report_crash(kind, error, trace):
         chain.append(chain[-1].__context__)
     fault = next((x for x in chain if isinstance(x, OSError)), None)
     line = text.splitlines()[-1][:200]
-    if stop.signal:  # with other processes of the run gone, anything may go wrong
+    if stop.signal:  # whatever the error, it comes of the other processes being gone
         line = f"ended by {signal.Signals(stop.signal).name}: the same command goes on from the last checkpoint"
     elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|llocate|Storage size", text):
         flags = "--batch-size, --size or --workers" if stop.holding else "--queue, --dim, --arch or --size"
@@ -164,7 +167,7 @@ def report_crash(kind, error, trace):
 
 
 def report_thread_crash(args):
-    """threading.excepthook: TensorBoard's thread hands its OSError to the main thread, which reports it."""
+    """threading.excepthook: no traceback of an OSError, which TensorBoard's thread also raises in the main thread."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -172,7 +175,7 @@ def report_thread_crash(args):
 # --- Processes -------------------------------------------------------------------------------------------------------
 
 def init_distributed():
-    """Join the processes that torchrun started and return this one's device; alone, only choose the device."""
+    """The device of this process, after it has joined the others that torchrun started, if any."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -181,18 +184,18 @@ def init_distributed():
         torch.set_float32_matmul_precision("high")  # TF32, except within `exact_products`
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=timedelta(hours=1),  # others wait while process 0 evaluates what all have found
+                                timeout=timedelta(hours=1),  # the others may wait while process 0 computes AP
                                 **rendezvous())
-    stop.listen()  # not before: a process that waits for others runs no Python, and SIGTERM has to end it
+    stop.listen()  # not earlier: a process that waits for the others runs no Python, and SIGTERM has to end it
     return device
 
 
 def rendezvous():
-    """Arguments of init_process_group that say where the processes of this attempt find each other.
+    """Arguments of init_process_group by which the processes of this attempt find each other.
 
-    torchrun keeps one store for all its attempts, which after a restart still holds the addresses of dead processes.
-    Process 0 therefore opens a store that ends with itself, and tells the others its port through torchrun's. If
-    nobody answers there, the port is of a dead process, and is looked up again.
+    torchrun keeps one store for all its attempts. After a restart it still holds the addresses of dead processes.
+    Process 0 therefore opens a store that ends with itself, and tells the others its port through torchrun's store. If
+    nobody answers at that port, it was a dead process's, and is looked up again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -213,7 +216,7 @@ def rendezvous():
 
 @contextmanager
 def exact_products():
-    """Context in which float32 products are float32: TF32's 10 bits are enough to train, not to rank or to solve."""
+    """Context in which matrix products of float32 are exact: TF32's 10 bits do to train, not to rank or to solve."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -257,18 +260,18 @@ class AllGather(torch.autograd.Function):
 
 
 def all_gather(x):
-    """[N, ...] -> [world*N, ...]: the rows of all processes in rank order; N must be the same in all of them.
+    """[N, ...] -> [world*N, ...]: the rows of all processes in rank order. N must be the same in all of them.
 
-    Each row's gradient, summed over the processes that used the row, goes back to the process that it came from. In a
-    single process this is the identity.
+    The gradient of a row, summed over all processes, goes to the process that the row came from. In a single process
+    this is the identity.
     """
     return AllGather.apply(x) if world_size() > 1 else x
 
 
 def wrap_ddp(model, device, compiled=False):
-    """The model as the loop calls it: compiled if asked for, its gradients averaged over the processes.
+    """The model for the loop to call: compiled if asked for, its gradients averaged over the processes.
 
-    On a GPU the color augmentation is compiled in any case, if the machine can: 30 passes over the batch, not 120.
+    On a GPU, the color augmentation is compiled anyway if the machine can: it passes over the batch 30 times, not 120.
     """
     if compiled:
         model.compile()
@@ -278,22 +281,23 @@ def wrap_ddp(model, device, compiled=False):
                 module.apply_draw = torch.compile(module.apply_draw)
     if world_size() == 1:
         return model
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.11 does not know the new name
+    # Newer versions of torch warn that broadcast_buffers has another name, which 2.11 does not know.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class Shuffle:
-    """Shuffling BN (MoCo Sec. 3.3): spread a batch over processes and BN groups in a new random order, and undo it.
+    """Shuffling BN (MoCo Sec. 3.3): spreads a batch over processes and BN groups in a random order, and undoes it.
 
     A query and its key are then normalized among different images, so that BN statistics cannot give away which key
-    belongs to which query. One Shuffle serves all inputs of a step that have n rows a process. Images travel between
-    processes: shuffle them as uint8. Gradients pass through.
+    belongs to which query. One Shuffle serves all inputs of a step, n rows in each process. Gradients pass through.
+    Shuffle images as uint8, since they travel between processes.
     """
 
     def __init__(self, n, device):
         order = all_gather(torch.rand(n, device=device)).argsort(stable=True)  # the same in every process
-        self.there, self.back = (places.chunk(world_size())[rank()] for places in (order, order.argsort()))
+        self.there, self.back = (rows.chunk(world_size())[rank()] for rows in (order, order.argsort()))  # this one's
 
     def __call__(self, x):
         return all_gather(x)[self.there]
@@ -305,9 +309,9 @@ class Shuffle:
 # --- Networks --------------------------------------------------------------------------------------------------------
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that splits the training batch into equal groups, each normalized by its own statistics.
+    """BatchNorm that splits a batch into equal groups and normalizes each by its own statistics, in training.
 
-    One process with 8 groups trains as 8 processes with a BN each. The running statistics see one group after another.
+    One process with 8 groups trains as 8 processes do. The running statistics see one group after another.
     """
 
     def __init__(self, channels, groups=8):
@@ -321,9 +325,9 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
 
 class Normalize(torch.autograd.Function):
-    """Batch normalization by moments of the rows of all processes, with the gradient that flows through the moments.
+    """x normalized by the mean and variance over all processes; the gradient flows through these moments too.
 
-    x: [N, C] or [N, C, H, W]; weight, bias, mean, var: [C]; count: [C], the values of a channel in all processes.
+    x: [N, C] or [N, C, H, W]; weight, bias, mean, var: [C]; count: [C], how many values a channel has in all processes.
     """
 
     @staticmethod
@@ -346,20 +350,20 @@ class Normalize(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """nn.SyncBatchNorm for the CPU too: BN over the batches of all processes, which may differ in size.
+    """BN over the batches of all processes, which may differ in size: nn.SyncBatchNorm for the CPU too.
 
-    x: [N, C] or [N, C, H, W]. The host never waits for the device, as torch's own does to look for empty batches.
+    x: [N, C] or [N, C, H, W]. torch's own makes the host wait for the device, to look for empty batches; this does not.
     """
 
-    def _check_input_dim(self, x):
+    def _check_input_dim(self, x):  # BatchNorm2d's takes [N, C, H, W] alone
         pass
 
     def forward(self, x):
         if world_size() == 1 or not self.training:
             return super().forward(x)
         with torch.no_grad():
-            unused = torch.zeros_like(torch.stack([self.running_mean, self.running_var]))  # gives the moments' dtype
-            own = torch.stack(torch.batch_norm_update_stats(x, *unused, 0.0))              # mean and variance
+            running = torch.stack([self.running_mean, self.running_var])                   # a copy, not to be changed
+            own = torch.stack(torch.batch_norm_update_stats(x, *running, 0.0))             # mean and variance, [2, C]
             count = torch.full_like(own[:1], x.numel() // x.shape[1])
             counts, means, variances = all_gather(torch.cat([count, own])[None]).unbind(dim=1)  # [world, C] each
             count = counts.sum(dim=0)
@@ -373,7 +377,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class Backbone(ResNet):
-    """torchvision's ResNet without `fc`, every channel count times `width`; gives the outputs of its first `stages`."""
+    """torchvision's ResNet without `fc` and with `width` times the channels; returns the outputs of its stages."""
 
     def __init__(self, block, layers, width, **kwargs):
         self.width = width
@@ -397,7 +401,7 @@ class Backbone(ResNet):
         return outputs
 
     def train_first(self, stages):
-        """Freeze the stages after the first `stages`, whose outputs nothing will use."""
+        """Freeze the stages after the first `stages`: nothing will use their outputs."""
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[stages:]:
             stage.requires_grad_(False)
 
@@ -409,10 +413,9 @@ LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (B
 def resnet(arch, norm_layer=None, zero_init_residual=False):
     """A Backbone: [N, 3, H, W] -> [c2, c3, c4, c5] at strides 4, 8, 16, 32, with torchvision's names in `state_dict`.
 
-    arch: `resnet18 34 50 101 152 200`, with `wX` for X times the channels (`resnet50w4`), or `resnext50_32x8d`.
-    zero_init_residual: the last BN gamma of each residual block starts at 0, as in the released codes of the methods on
-    LARS. Exits with 2 if the arch is unknown. X is 0.25 to 16: torch's CPU kernels crash on convolutions of 8 channels
-    in channels_last.
+    arch: `resnet18 34 50 101 152 200`, with `wX` for X times the channels (`resnet50w4`), or `resnext50_32x8d`. X is at
+    least 0.25: torch's CPU kernels crash on convolutions of 8 channels in channels_last. Exits with 2 if the arch is
+    unknown. zero_init_residual: the last BN gamma of each residual block starts at 0, as in SoCo's and DetCon's code.
     """
     plain = re.fullmatch(r"resnet(\d+)(?:w(\d*\.?\d+))?", arch)
     grouped = re.fullmatch(r"resnext(50|101|152)_([1-9]\d?)x([1-9]\d?)d", arch)
@@ -429,8 +432,8 @@ def resnet(arch, norm_layer=None, zero_init_residual=False):
 def roi_align(features, boxes, output_size, stride):
     """[N*K, C, S, S], image-major: each box pooled to output_size, half-pixel aligned as in Detectron2's ROIAlignV2.
 
-    features: [N, C, H, W] at `stride`; boxes: [N, K, 4] xyxy in pixels of the network's input. Computed in float32 at
-    least, whatever autocast says, since bf16 cannot tell pixel 256 from 257.
+    features: [N, C, H, W] at `stride`; boxes: [N, K, 4] xyxy in pixels of the network's input. Under autocast too this
+    is computed in float32, since bf16 cannot tell pixel 256 from 257.
     """
     x, = to_float32(features)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None]
@@ -440,7 +443,7 @@ def roi_align(features, boxes, output_size, stride):
 
 
 def mlp(width, hidden, dim, bias=True):
-    """Linear, BN over all processes, ReLU, linear: projector and predictor of SoCo and DetCon. bias: of the last."""
+    """Linear, BN over all processes, ReLU, linear: a projector or predictor of SoCo and DetCon. bias: of the last."""
     return nn.Sequential(nn.Linear(width, hidden), SyncBatchNorm(hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, dim, bias))
 
@@ -451,7 +454,7 @@ class Queue(nn.Module):
     """A first-in-first-out dictionary of keys (MoCo Sec. 3.2).
 
     `.keys` is [size, dim], L2-normalized, random at first. `.enqueue` overwrites the oldest rows in place: call it
-    after the backward pass of a loss that used them.
+    after the backward pass of the loss.
     """
 
     def __init__(self, dim, size):
@@ -466,7 +469,10 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def put(self, keys, count=None):
-        """Put in rows that all processes hold alike; with `count`, a tensor, the first `count`, no more than fit."""
+        """Put in rows [N, dim] that are the same in all processes; with `count`, a tensor, only the first `count`.
+
+        These must fit into the queue.
+        """
         size, count = len(self.keys), len(keys) if count is None else count
         place = torch.arange(len(keys), device=keys.device)[-size:]  # of more rows than fit, the last stay
         index = (self.position + place) % size
@@ -495,7 +501,7 @@ def info_nce(q, k, negatives, temperature):
 
 @torch.no_grad()
 def pretext_accuracy(q, k, negatives):
-    """The share of queries that are nearer to their own key than to every negative; a tie is no hit."""
+    """The share of queries that are nearer to their own key than to every negative. A tie does not count."""
     with torch.autocast(q.device.type, enabled=False):
         q, k, negatives = to_float32(q, k, negatives)
         return ((q * k).sum(dim=1) > (q @ negatives.T).amax(dim=1)).float().mean()
@@ -503,13 +509,13 @@ def pretext_accuracy(q, k, negatives):
 
 @torch.no_grad()
 def momentum_update(target, online, m):
-    """t = m*t + (1-m)*o for all parameters (MoCo Eq. 2). Buffers, BN's running statistics, stay the target's own."""
+    """t = m*t + (1-m)*o for all parameters (MoCo Eq. 2). Buffers (BN's running statistics) stay the target's own."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - m)
 
 
 # --- Optimization ----------------------------------------------------------------------------------------------------
 
-class LARS(torch.optim.Optimizer):
+class LARS(torch.optim.SGD):
     """SGD with momentum that scales each tensor's update by trust * ||weight|| / ||update|| (You et al. 2017).
 
     Biases and norm parameters (ndim <= 1) get neither weight decay nor the scaling, as in SimCLR and BYOL. Nor is a
@@ -517,47 +523,35 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+        super().__init__(params, lr, momentum, foreach=True)
+        self.weight_decay, self.trust = weight_decay, trust
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.ndim <= 1)
-            if not params:
-                continue
-            matrices = [p for p in params if p.ndim > 1]                       # they come first
-            updates = [p.grad.clone() for p in params]
-            if matrices:
-                scaled = updates[:len(matrices)]
-                norms = lambda tensors: torch.stack(torch._foreach_norm(tensors))
-                gradient = norms(scaled)
-                torch._foreach_add_(scaled, matrices, alpha=group["weight_decay"])
-                weight, update = norms(matrices), norms(scaled)
-                ratio = torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / update, 1.0)
-                torch._foreach_mul_(scaled, list(ratio.unbind()))
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            velocity = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(velocity, group["momentum"])
-            torch._foreach_add_(velocity, updates)
-            torch._foreach_add_(params, velocity, alpha=-group["lr"])
-        return loss
+    def step(self):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.ndim > 1]
+        gradients = [p.grad for p in params]
+        if params:
+            norms = lambda tensors: torch.stack(torch._foreach_norm(tensors))
+            updates = torch._foreach_add(gradients, params, alpha=self.weight_decay)
+            weight, gradient, update = norms(params), norms(gradients), norms(updates)
+            ratio = torch.where((weight > 0) & (gradient > 0), self.trust * weight / update, 1.0)
+            torch._foreach_mul_(updates, list(ratio.unbind()))
+            for p, p_update in zip(params, updates):
+                p.grad = p_update  # for SGD's step alone
+        super().step()
+        for p, p_gradient in zip(params, gradients):
+            p.grad = p_gradient
 
 
 def cosine(start, end, step, total):
-    """Half a cosine from `start` at step 0 to `end` at `total` and after."""
+    """Half a cosine, from `start` at step 0 to `end` at step `total` and after."""
     return end if step >= total else end + (start - end) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def learning_rate(base, step, total, warmup=0, drops=None):
     """The learning rate of one step: a linear rise from 0 over the first `warmup` steps, then half a cosine to 0.
 
-    With `drops`, fractions of the run, the rate instead falls to a tenth at each of them (MoCo v1: .6, .8).
+    With `drops`, fractions of the run, the rate falls to a tenth at each of them instead (MoCo v1: .6, .8).
     """
     if step < warmup:
         return base * (step + 1) / warmup
@@ -569,28 +563,24 @@ def learning_rate(base, step, total, warmup=0, drops=None):
 # --- Color augmentation ----------------------------------------------------------------------------------------------
 
 class Photometric(nn.Module):
-    """uint8 views [N, 3, H, W] -> augmented and normalized floats, on the device, every sample with its own draw.
+    """uint8 views [N, 3, H, W] -> augmented and normalized floats, each sample with a draw of its own.
 
     The distributions are those of torchvision's ColorJitter (its four operations in a random order, applied with
-    probability `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; a kernel of a tenth of the
-    view, 23 at 224) and RandomSolarize, in this order. Draws come from the device's default generator.
-
-    family: "torchvision", or "dm_pix" for the jitter of BYOL's and DetCon's own code. Where torchvision multiplies by
-    1 + u, dm_pix adds u to the brightness; its contrast is about each channel's mean; its saturation is HSV's.
+    probability `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; its kernel is a tenth of the
+    view wide, 23 pixels at 224) and RandomSolarize, in this order. The device's default generator draws.
     """
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grayscale_p=0.0,
-                 blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0, family="torchvision", mean=MEAN, std=STD):
+                 blur_p=0.0, sigma=(0.1, 2.0), solarize_p=0.0):
         super().__init__()
-        self.blend = {"torchvision": blend, "dm_pix": hsv_blend}[family]
         self.jitter_p, self.grayscale_p, self.blur_p, self.solarize_p = jitter_p, grayscale_p, blur_p, solarize_p
         self.sigma, self.jitters = sigma, any((brightness, contrast, saturation, hue))
         self.register_buffer("strength", torch.tensor([brightness, contrast, saturation, hue]), persistent=False)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def draw(self, n):
-        """Parameters of n samples: a dict of tensors with n rows."""
+        """Random parameters for n samples: a dict of tensors with n rows."""
         uniform = lambda *shape: torch.rand(n, *shape, device=self.mean.device)
         jitter, draws = uniform(1) < self.jitter_p, uniform(4)
         low = (1 - self.strength[:3]).clamp(min=0)
@@ -600,7 +590,7 @@ class Photometric(nn.Module):
         return {
             "factor": torch.where(jitter, factor, 1.0),          # [n, 3] brightness, contrast, saturation
             "hue": torch.where(jitter[:, 0], hue, 0.0),          # [n] turns of the color circle
-            "order": uniform(4).argsort(dim=1),                  # [n, 4] which op comes first, ...; op 3 is hue
+            "order": uniform(4).argsort(dim=1),                  # [n, 4] the ops, first to last; op 3 is hue
             "grayscale": uniform() < self.grayscale_p,           # [n]
             "blur": uniform() < self.blur_p,                     # [n]
             "sigma": low + (high - low) * uniform(),             # [n] pixels
@@ -614,16 +604,16 @@ class Photometric(nn.Module):
             return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def apply_draw(self, x, draw):
-        """x [N, 3, H, W] in [0, 1] with the drawn parameters applied, all samples at once."""
+        """x [N, 3, H, W] in [0, 1] after the drawn operations, all samples at once."""
         if self.jitters:
-            # Three blends before hue and three after it serve all 24 orders: a blend with factor 1 does nothing.
+            # Three blends before hue and three after it serve all 24 orders, since a blend with factor 1 does nothing.
             factor = F.pad(draw["factor"], (0, 1), value=1.0).gather(1, draw["order"])  # [N, 4] by place in the order
             hue_at = (draw["order"] == 3).float().argmax(dim=1)                         # [N]
             for place in (0, 1, 2):
-                x = self.blend(x, draw["order"][:, place], torch.where(hue_at > place, factor[:, place], 1.0))
+                x = self.blend(x, draw["order"][:, place], torch.where(place < hue_at, factor[:, place], 1.0))
             x = self.turn_hue(x, draw["hue"])
             for place in (1, 2, 3):
-                x = self.blend(x, draw["order"][:, place], torch.where(hue_at < place, factor[:, place], 1.0))
+                x = self.blend(x, draw["order"][:, place], torch.where(place > hue_at, factor[:, place], 1.0))
         if self.grayscale_p:
             x = torch.where(draw["grayscale"].view(-1, 1, 1, 1), luma(x), x)
         if self.blur_p:
@@ -633,8 +623,20 @@ class Photometric(nn.Module):
         return x
 
     @staticmethod
+    def blend(x, op, factor):
+        """x with another brightness (op 0), contrast (1) or saturation (2).
+
+        That is, x moved `factor` times as far from black, from the picture's mean gray, or from each pixel's gray.
+        x: [N, 3, H, W] in [0, 1]; op and factor: [N]. Factor 1 does nothing, whatever the op.
+        """
+        op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+        gray = luma(x)                                                        # [N, 1, H, W]
+        anchor = torch.where(op == 2, gray, gray.mean(dim=(2, 3), keepdim=True) * (op == 1))
+        return torch.lerp(anchor, x, factor).clamp_(0, 1)
+
+    @staticmethod
     def turn_hue(x, turns):
-        """x with the hue of HSV shifted by `turns` [N]; saturation and value stay, so minimum and maximum of RGB do."""
+        """x with HSV's hue shifted by `turns` [N] of the color circle. The minimum and maximum of RGB stay."""
         top, low = x.amax(dim=1), x.amin(dim=1)                               # [N, H, W]
         chroma = top - low
         r, g, b = x.unbind(dim=1)
@@ -646,7 +648,10 @@ class Photometric(nn.Module):
 
     @staticmethod
     def gaussian_blur(x, sigma):
-        """Rows times a banded matrix, then columns; at the border the kernel's weights inside the image sum to one."""
+        """x blurred by Gaussians of `sigma` [N] pixels: a banded matrix times the columns, then the rows.
+
+        At the border, the weights of the pixels inside the image sum to one.
+        """
         def band(size):
             d = torch.arange(size, device=x.device)
             d = d - d[:, None]
@@ -655,37 +660,13 @@ class Photometric(nn.Module):
         return band(x.shape[2]) @ x @ band(x.shape[3]).mT
 
 
-def blend(x, op, factor):
-    """Brightness (op 0), contrast (1) or saturation (2): x moved away from black, from its mean gray, or from its gray.
-
-    x: [N, 3, H, W] in [0, 1]; op and factor: [N]. Factor 1 does nothing, whatever the op.
-    """
-    op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
-    gray = luma(x)                                                            # [N, 1, H, W]
-    anchor = torch.where(op == 2, gray, gray.mean(dim=(2, 3), keepdim=True) * (op == 1))
-    return torch.lerp(anchor, x, factor).clamp_(0, 1)
-
-
-def hsv_blend(x, op, factor):
-    """`blend` of the family dm_pix: x plus factor - 1, or moved away from each channel's mean, or from HSV's value.
-
-    Value is the largest channel. Saturation, (largest - smallest) / largest, is 1 at most, which bounds the factor.
-    """
-    op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
-    value, smallest = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)  # [N, 1, H, W]
-    most = torch.minimum(factor, value / (value - smallest).clamp(min=1e-8))
-    anchor = torch.where(op == 2, value, x.mean(dim=(2, 3), keepdim=True))    # [N, 3, H, W]
-    scale = torch.where(op == 2, most, torch.where(op == 0, 1.0, factor))
-    return (torch.lerp(anchor, x, scale) + (factor - 1) * (op == 0)).clamp_(0, 1)
-
-
 def luma(x):
     """[N, 3, H, W] RGB -> [N, 1, H, W] gray, with torchvision's weights."""
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
 def denormalize(x):
-    """[..., 3, H, W] in [0, 1], to look at: the inverse of Photometric's normalization."""
+    """The inverse of Photometric's normalization, to look at views: [..., 3, H, W] in [0, 1]."""
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
     return (x * std + mean).clamp(0, 1)
 
@@ -699,10 +680,10 @@ class PhotometricRandAugment(torchvision.transforms.RandAugment):
 
 
 def rand_augment(image, rng, magnitude=28, moves=True):
-    """A PIL image after torchvision's RandAugment, 2 operations of `magnitude` (0 to 30), drawn from rng.
+    """A PIL image after torchvision's RandAugment: 2 operations of `magnitude` (0 to 30), drawn by rng.
 
-    Without `moves`, pixels stay where they are. Magnitude 28 changes a picture as much as the operations of InfoMin,
-    which DUPR cites, do at their strength 10 of 10.
+    Without `moves`, pixels stay where they are. Magnitude 28 changes a picture as much as strength 10 of 10 does in
+    InfoMin, which DUPR cites.
     """
     augment = torchvision.transforms.RandAugment if moves else PhotometricRandAugment
     with torch.random.fork_rng(devices=[]):
@@ -715,7 +696,7 @@ def rand_augment(image, rng, magnitude=28, moves=True):
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff")
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # what brings a picture upright, by its EXIF orientation
+         8: Image.Transpose.ROTATE_90}  # {EXIF orientation: what turns the picture upright}
 PAUSES = 0.2, 1, 4                      # seconds before a file is read again
 
 
@@ -725,7 +706,7 @@ class Unreadable(Exception):
 
 @contextmanager
 def decoding():
-    """Turns every exception that Pillow raises for a damaged file into Unreadable."""
+    """Context that turns every exception that Pillow raises for a damaged file into Unreadable."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, struct.error, zlib.error) as error:
@@ -733,18 +714,21 @@ def decoding():
 
 
 def open_image(path):
-    """A PIL image, not decoded yet. A read that fails, as on a network file system, is tried again after pauses."""
+    """A PIL image, not decoded yet. If reading fails, as network file systems do, it is tried again after pauses."""
     for pause in (*PAUSES, None):
         try:
             return Image.open(io.BytesIO(Path(path).read_bytes()))
         except OSError as error:
-            if error.errno is None or pause is None:  # without a number it is Pillow's: the bytes are no image
+            if error.errno is None or pause is None:  # an error without a number is Pillow's: this is no image
                 raise
             time.sleep(pause)
 
 
 class LazyImage:
-    """An image that is decoded when views are cropped from it. `.size` is (width, height), upright."""
+    """An image that is decoded when views are cropped from it.
+
+    `.size` is (width, height) of the upright image, `.index` the image's place in its source.
+    """
 
     def __init__(self, pil, index):
         self.pil, self.index = pil, index
@@ -753,7 +737,7 @@ class LazyImage:
         self.size = pil.size[::-1] if orientation in (5, 6, 7, 8) else pil.size
 
     def decode(self, scale=1.0):
-        """The upright PIL image, RGB; a JPEG at the smallest of its scales that is at least `scale`."""
+        """The upright PIL image, RGB. A JPEG comes at the smallest scale of its decoder that is at least `scale`."""
         with decoding():
             if scale < 1:
                 self.pil.draft(None, [math.ceil(side * scale) for side in self.pil.size])
@@ -762,15 +746,15 @@ class LazyImage:
             return image if self.turn is None else image.transpose(self.turn)
 
     def shrunk(self):
-        """The upright image as uint8 [H, W, 3], of `shrunk` size: what the scales of segmentation are meant for."""
-        size = shrunk(self.size)
+        """The upright image as uint8 [H, W, 3], of `shrunk_size`, for which the scales of segmentation are meant."""
+        size = shrunk_size(self.size)
         return np.asarray(self.decode(size[0] / self.size[0]).resize(size, Image.Resampling.BILINEAR))
 
     def crop(self, crops, sizes, resample=Image.Resampling.BILINEAR):
-        """RGB PIL images: each of `crops` (xyxy, pixels of the image) made a square of its size.
+        """RGB PIL images: each of `crops` (xyxy, pixels of the image) resized to a square of its size.
 
-        Call it once with all crops: it decodes once, at the scale that still gives each crop its pixels, so that a
-        12-megapixel photograph costs little more than a small one.
+        Call it once for all crops of an image. It decodes once, at the smallest scale that gives each crop its pixels,
+        so that a 12-megapixel photograph costs little more than a small one.
         """
         image = self.decode(max(size / min(x2 - x1, y2 - y1) for (x1, y1, x2, y2), size in zip(crops, sizes)))
         width, height = image.size
@@ -779,16 +763,16 @@ class LazyImage:
         return [image.resize((size, size), resample, box) for box, size in zip(boxes, sizes)]
 
 
-def shrunk(size):
-    """(width, height) with the longer side 500 pixels at most, the usual one of ImageNet's."""
+def shrunk_size(size):
+    """(width, height) shrunk so that the longer side has 500 pixels at most, as most images of ImageNet have."""
     return tuple(max(1, round(side * min(1.0, 500 / max(size)))) for side in size)
 
 
 def to_rgb(image):
-    """Any mode of Pillow's as 8-bit RGB."""
+    """A PIL image of any mode as 8-bit RGB."""
     if image.mode.startswith("I"):     # 16-bit gray: the high byte
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P":              # a palette may hold transparency, which Pillow takes to RGB only by way of RGBA
+    if image.mode == "P":              # Pillow takes a palette with transparency to RGB only by way of RGBA
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -799,9 +783,9 @@ def to_tensor(image):
 
 
 def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
-    """(x1, y1, x2, y2) in whole pixels of an image of (width, height), drawn as by torchvision's RandomResizedCrop.
+    """(x1, y1, x2, y2) in whole pixels of an image of (width, height), drawn as torchvision's RandomResizedCrop does.
 
-    area: (low, high), the crop's share of the image; ratio: of width to height, log-uniform.
+    area: (low, high) of the crop's share of the image; ratio: (low, high) of width to height, which is log-uniform.
     """
     width, height = size
     for _ in range(10):
@@ -811,40 +795,37 @@ def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return x, y, x + w, y + h
-    w = min(width, round(height * ratio[1]))   # none has fitted: the largest that the ratio allows, in the middle
+    w = min(width, round(height * ratio[1]))   # no crop has fitted: take the largest of these ratios, in the middle
     h = min(height, round(width / ratio[0]))
     x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
 
 
 def center_crop(size):
-    """(x1, y1, x2, y2): the middle square of an image of (width, height), 224 of 256 of its shorter side."""
+    """(x1, y1, x2, y2): the square in the middle of an image of (width, height), 224/256 of its shorter side."""
     side = max(1, round(min(size) * 224 / 256))
     x, y = (size[0] - side) // 2, (size[1] - side) // 2
     return x, y, x + side, y + side
 
 
 class ImageFolder:
-    """All images below a folder, in the same order on every file system. Follows links, leaves hidden files out.
+    """All images below a folder, in the same order on every file system. Links are followed, hidden files left out.
 
-    The names lie in one buffer: ten million of them in a list of strings would grow with each loader worker.
+    The names lie in one buffer, since a list of ten million strings would grow with each loader worker.
     """
 
-    max_pixels = 2 * 10 ** 8  # of an image: --max-pixels
+    max_pixels = 2 * 10 ** 8  # the largest image that is read: --max-pixels
 
     def __init__(self, root):
         self.root, self.bad = Path(root), set()  # bad: files found undecodable
         if not str(root) or not self.root.is_dir():
             fail(f"no such folder: {root}")
-        try:
-            self.keep(scan(os.fsencode(self.root)))
-        except OSError as error:
-            fail(f"cannot list {os.fsdecode(error.filename)}: {error.strerror}")
+        self.keep(scan(os.fsencode(self.root)))
         if not len(self):
             fail(f"no images below {root} (looked for {' '.join(s.decode() for s in SUFFIXES)})")
 
     def keep(self, names):
-        """Take b"a/1.jpg\\0a/2.jpg\\0..." as the names of the images."""
+        """Make b"a/1.jpg\\0a/2.jpg\\0..." the names of the images."""
         self.names = np.frombuffer(names, np.uint8)
         self.ends = np.flatnonzero(self.names == 0)
 
@@ -864,17 +845,11 @@ class ImageFolder:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than --max-pixels {self.max_pixels}")
             return LazyImage(image, i)
 
-    def only(self, names, what):
-        """Keep the images of `names`, a list of bytes, in that order. what: who names them, for the error message."""
-        missing = sorted(set(names) - set(self.names.tobytes().split(b"\0")))
-        if missing:
-            fail(f"{self.root} lacks {len(missing)} of the {len(names)} images of {what}: {os.fsdecode(missing[0])}")
-        if not names:
-            fail(f"{what} names no image")
-        self.keep(b"\0".join(names) + b"\0")
-
     def labels(self, classes=None):
-        """(each image's class [N], the names of the classes): its first folder below the root, as in ImageNet."""
+        """(class of each image [N], names of the classes). A class is the first folder below the root, as in ImageNet.
+
+        classes: the names to number by (default: those found, sorted). Exits with 2 if an image is of no such class.
+        """
         folders = [self.name(i).rpartition(os.sep)[0].partition(os.sep)[0] for i in range(len(self))]
         if "" in folders:
             fail(f"{self.root}: images must lie in folders named by class")
@@ -885,53 +860,38 @@ class ImageFolder:
         return torch.tensor([number[folder] for folder in folders]), list(number)
 
     def fingerprint(self):
-        """Plain values that tell this data from other data, wherever it lies."""
+        """Plain values that tell this data from other data, wherever the folder lies."""
         return {"images": len(self), "names": zlib.crc32(self.names)}
 
 
 def scan(root):
-    """The paths of all images below `root`, each ended by a zero byte: folders sorted, then the names in each."""
-    def is_folder(entry):
-        try:
-            return entry.is_dir()
-        except OSError:  # a link to itself
-            return False
+    """The paths of all images below `root`, each ended by a zero byte, sorted by folder and then by name."""
+    def refuse(error):
+        fail(f"cannot list {os.fsdecode(error.filename)}: {error.strerror}")
 
-    def visit(folder):
-        names, folders = [], []
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if is_folder(entry):
-                    folders.append((os.path.join(folder, entry.name), entry.stat()))
-                elif entry.name.lower().endswith(SUFFIXES):
-                    names.append(entry.name)
-        lead = os.path.join(folder, b"")
-        return b"".join(lead + name + b"\0" for name in sorted(names)), folders
-
-    found, level, visited = {}, [b""], {(os.stat(root).st_dev, os.stat(root).st_ino)}
-    with ThreadPoolExecutor(8) as pool:  # a level of the tree at a time: network file systems answer in parallel
-        while level:
-            listings = list(zip(level, pool.map(visit, level)))
-            level = []
-            for folder, (names, folders) in listings:
-                found[folder] = names
-                for child, stat in sorted(folders, key=lambda pair: pair[0]):
-                    if (stat.st_dev, stat.st_ino) not in visited:  # a link may lead back up
-                        visited.add((stat.st_dev, stat.st_ino))
-                        level.append(child)
-    return b"".join(found[folder] for folder in sorted(found))
+    root, found, visited = os.path.join(root, b""), {}, set()
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in visited:  # by a link that leads back up
+            folders.clear()
+            continue
+        visited.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(b"."))
+        images = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(b"."))
+        below = os.path.join(folder, b"")[len(root):]
+        found[below] = b"".join(below + name + b"\0" for name in images)
+    return b"".join(found[below] for below in sorted(found))
 
 
 # --- Shapes ----------------------------------------------------------------------------------------------------------
 
 def polygon(k):
+    """The outline of a regular polygon with k corners."""
     return lambda u, v, r, a: r * np.cos(a % (2 * np.pi / k) - np.pi / k) - np.cos(np.pi / k)
 
 
-# Each class has an outline, which is inside where <= 0, and a pattern, which has the second color where > 0; both are
-# formulas of the place in the shape: (u, v) in [-1, 1] and the same in polar coordinates (r, a).
+# {class: (outline, pattern)}, functions of a point of the shape: (u, v) in [-1, 1], and the same in polar coordinates
+# (r, a). A point is inside the shape if its outline is <= 0, and has the second color if its pattern is > 0.
 SHAPE_CLASSES = {
     "ball": (lambda u, v, r, a: r - 0.95, lambda u, v, r, a: np.sin(9 * v)),
     "tile": (lambda u, v, r, a: np.maximum(abs(u), abs(v)) - 0.8, lambda u, v, r, a: np.sin(7 * u) * np.sin(7 * v)),
@@ -952,34 +912,27 @@ SHAPE_CLASSES = {
 
 
 def color(rng, gray):
-    """A muted color around a gray level: bright ones would tell pictures apart without a look at their shapes."""
+    """A muted color near a gray level. Bright ones would tell pictures apart without a look at their shapes."""
     return np.clip(gray + rng.uniform(-45, 45, 3), 0, 255)
 
 
-class Shapes:
+class Shapes(ImageFolder):
     """Drawn scenes with boxes, masks and classes: the data of every demo and of the tests.
 
-    A class has its outline and its pattern, as birds have feathers and cars have wheels; colors, size, pose and ground
-    are free. `single`: one object on plainer ground, of class i modulo the number of classes. Picture i of a seed is
-    the same everywhere.
+    A class has its own outline and pattern, as birds have feathers and cars have wheels. Colors, size, pose and ground
+    are random. Picture i of a seed is the same everywhere. `single`: one object on plainer ground, of class i modulo
+    the number of classes.
     """
 
     def __init__(self, count, size=64, seed=0, single=False):
-        self.count, self.size, self.seed, self.single, self.pictures = count, size, seed, single, None
-        self.bad = set()
-        self.names = np.frombuffer("".join(self.name(i) + "\0" for i in range(count)).encode(), np.uint8)
-
-    def __len__(self):
-        return self.count
-
-    def name(self, i):
-        return f"shape {self.size} {self.seed} {self.single} {i}"
+        self.size, self.seed, self.single, self.pictures, self.bad = size, seed, single, None, set()
+        self.keep("".join(f"shape {size} {seed} {single} {i}\0" for i in range(count)).encode())
 
     def scene(self, i):
         """(image [S, S, 3] uint8, boxes [n, 4] float32 xyxy pixels, masks [n, S, S] bool, classes [n] int64).
 
-        Boxes and masks are of what is visible; an object of which more than 60 % is hidden is not listed. By numpy
-        alone: torch's threads do not survive the fork of `draw_all`, and would be waited for forever.
+        Boxes and masks are of what is visible. An object of which more than 60 % is hidden is not listed. Only numpy
+        works here: torch would wait forever for its threads, which do not survive the fork of `draw_all`.
         """
         rng = np.random.default_rng((3, self.seed, i))
         size, grid = self.size, np.arange(self.size) + 0.5
@@ -990,13 +943,12 @@ class Shapes:
         masks, areas = np.zeros((len(classes), size, size), bool), np.zeros(len(classes))
         for n, kind in enumerate(classes):
             rows, columns, inside = self.paint(image, rng, x, y, *list(SHAPE_CLASSES.values())[kind])
-            masks[:n, rows, columns] &= ~inside  # it hides what was painted before
+            masks[:n, rows, columns] &= ~inside  # it hides the objects before it
             masks[n, rows, columns] = inside
             areas[n] = inside.sum()
         image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
         visible = masks.sum(axis=(1, 2)) >= np.maximum(9, 0.4 * areas)
-        edges = [(np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))) for mask in masks[visible]]
-        boxes = [(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) for columns, rows in edges]
+        boxes = [Image.fromarray(mask).getbbox() for mask in masks[visible]]
         boxes = np.array(boxes, np.float32).reshape(-1, 4)
         return image, boxes, masks[visible], np.asarray(classes)[visible].astype(np.int64)
 
@@ -1011,7 +963,7 @@ class Shapes:
         return image
 
     def paint(self, image, rng, x, y, outline, pattern):
-        """Paint an object into `image`: returns the rows and columns that it spans, and its mask within them."""
+        """Paint an object into `image` -> the rows and columns that it spans, as slices, and its mask in there."""
         radius = self.size * (rng.uniform(0.32, 0.46) if self.single else rng.uniform(0.1, 0.28))
         cx, cy = rng.uniform(0.85 * radius, self.size - 0.85 * radius, 2)
         tilt, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
@@ -1024,17 +976,19 @@ class Shapes:
         u = (dx * np.cos(tilt) + dy * np.sin(tilt)) * stretch
         v = (dy * np.cos(tilt) - dx * np.sin(tilt)) / stretch
         place = u, v, np.hypot(u, v), np.arctan2(v, u) + np.pi / 2  # polygons and stars stand on their base
-        alpha = np.clip(0.5 - outline(*place) * radius, 0, 1)[..., None]  # an edge one pixel wide
+        alpha = np.clip(0.5 - outline(*place) * radius, 0, 1)[..., None]  # the edge is one pixel wide
         mix = np.clip(0.5 + 3 * pattern(*place), 0, 1)[..., None]
         image[rows, columns] += alpha * (colors[0] * (1 - mix) + colors[1] * mix - image[rows, columns])
         return rows, columns, alpha[..., 0] > 0.5
 
     def draw_all(self):
-        """Draw all pictures now, on all cores, into memory that workers share: `.pictures`, `.boxes`, `.classes` and
-        `.segments`, label maps uint8 [N, S, S] of 0 for the ground and k for object k.
+        """The same Shapes, with all pictures drawn now, on all cores, into memory that workers share.
+
+        They are `.pictures`, `.boxes`, `.classes` and `.segments`: label maps uint8 [N, S, S], in which the ground is 0
+        and object k is k, counted from 1.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            scenes = pool.imap(self.labeled_scene, range(self.count), chunksize=64)
+            scenes = pool.imap(self.labeled_scene, range(len(self)), chunksize=64)
             pictures, self.boxes, self.classes, segments = zip(*scenes)
         self.pictures, self.segments = np.stack(pictures), np.stack(segments)
         return self
@@ -1053,10 +1007,7 @@ class Shapes:
         return LazyImage(Image.fromarray(self.scene(i)[0] if self.pictures is None else self.pictures[i]), i)
 
     def labels(self, classes=None):
-        return torch.arange(self.count) % len(SHAPE_CLASSES), list(SHAPE_CLASSES)
-
-    def fingerprint(self):
-        return {"images": self.count, "names": zlib.crc32(self.names)}
+        return torch.arange(len(self)) % len(SHAPE_CLASSES), list(SHAPE_CLASSES)
 
 
 # --- Batches ---------------------------------------------------------------------------------------------------------
@@ -1067,9 +1018,9 @@ def seed_everything(*key):
 
 
 class Views(Dataset):
-    """Item (epoch, index) is views(image, rng), a dict of tensors; its random draws depend on nothing but the item.
+    """Item (epoch, index) is views(image, rng), a dict of tensors. Its random draws depend on the item alone.
 
-    An image that cannot be decoded is named under "bad", and another takes its place.
+    An image that cannot be decoded is named under "bad", and another one takes its place.
     """
 
     def __init__(self, source, views, seed):
@@ -1090,13 +1041,13 @@ class Views(Dataset):
 def global_batches(images, batch_size, seed, first, last):
     """This process's share of the batches of steps first ... last - 1 of a run, as lists of (epoch, index).
 
-    Global batch k of an epoch holds the same images whatever the number of processes.
+    Global batch k of an epoch holds the same images, whatever the number of processes.
     """
-    order_of, share = None, batch_size // world_size()
+    ordered, share = None, batch_size // world_size()
     for step in range(first, last):
         epoch, k = divmod(step, images // batch_size)
-        if epoch != order_of:
-            order_of, order = epoch, np.random.default_rng((2, seed, epoch)).permutation(images)
+        if epoch != ordered:
+            ordered, order = epoch, np.random.default_rng((2, seed, epoch)).permutation(images)
         start = k * batch_size + rank() * share
         yield [(epoch, int(i)) for i in order[start:start + share]]
 
@@ -1107,20 +1058,20 @@ def in_batches(indices, size):
 
 
 def even_share(count):
-    """This process's share of range(count), as many indices in every process: the first ones may come twice."""
+    """This process's share of range(count), equally large in all: the first few indices may come twice."""
     return np.arange(rank(), count + -count % world_size(), world_size()) % count
 
 
 def collate_lists(rows):
-    """A batch of samples whose tensors differ in size: a list of each tensor."""
+    """A batch of samples whose tensors differ in size: a list of tensors under each name."""
     return {name: [row[name] for row in rows] for name in rows[0] if name != "index"}
 
 
 class Loader:
-    """Batches on the device, dicts of tensors: `views` of the images that `batches`, lists of (epoch, index), name.
+    """Iterates over batches on the device, dicts of tensors: `views` of the images of `source`.
 
-    Each undecodable file is named once; if they are more than 1 % of the files seen, the program ends with code 2.
-    `.waited` is the time spent waiting for images, in seconds.
+    batches: lists of (epoch, index). A file that cannot be decoded is named once. If these are more than 1 % of the
+    files seen, the program ends with code 2. `.waited`: the seconds spent waiting for images.
     """
 
     def __init__(self, source, views, batches, workers, device, seed=0, collate=None):
@@ -1131,6 +1082,7 @@ class Loader:
 
     def __iter__(self):
         start, batches = time.perf_counter(), iter(self.loader)
+        to_device = lambda x: x.to(self.device, non_blocking=True)
         while True:
             try:
                 batch = next(batches, None)
@@ -1140,13 +1092,8 @@ class Loader:
                 return
             self.waited += time.perf_counter() - start
             self.report_bad_files(batch.pop("bad"))
-            yield {name: self.to_device(x) for name, x in batch.items()}
+            yield {name: list(map(to_device, x)) if isinstance(x, list) else to_device(x) for name, x in batch.items()}
             start = time.perf_counter()
-
-    def to_device(self, x):
-        if isinstance(x, list):
-            return [self.to_device(y) for y in x]
-        return x.to(self.device, non_blocking=True)
 
     def report_bad_files(self, reports):
         self.seen += len(reports)
@@ -1154,19 +1101,19 @@ class Loader:
         for report in {report for report in reports if report} - bad:
             bad.add(report)
             print(f"cannot decode {report}: another image takes its place", file=sys.stderr, flush=True)
-        if len(bad) > 0.01 * min(len(self.source), max(self.seen, 1000)):  # the first few prove nothing
+        if len(bad) > 0.01 * min(len(self.source), max(self.seen, 1000)):  # a few at the start prove nothing
             fail(f"{len(bad)} of the first {min(self.seen, len(self.source))} files cannot be decoded, more than "
                  "1 %: mend or remove them", everywhere=True)
 
 
 # --- Weights to start from -------------------------------------------------------------------------------------------
 
-# The network that is trained, and the one that follows it.
+# {method: (the network that is trained, the one that follows it)}
 NETWORKS = {"moco": ("encoder_q", "encoder_k"), "detco": ("encoder_q", "encoder_k"), "dupr": ("encoder_q", "encoder_k"),
             "soco": ("online", "target"), "detcon": ("online", "target")}
 
-# {our module: theirs}. {0}, {1} and {2} count from 0, 1 and 2; {b} is a block and {c} one of its convolutions; {n}
-# marks the network. SoCo's fc1, Detectron2's and ours flatten a RoI in the same order: channel, row, column.
+# {our module: theirs}. {0}, {1} and {2} count from 0, 1 and 2; {b} is a block, {c} one of its convolutions, and {n} the
+# mark of a network, as in LAYOUTS. All fc1 flatten a RoI in the same order: channel, row, column.
 RESNET = {"backbone.conv1": "conv1", "backbone.bn1": "bn1", "backbone.layer{1}": "layer{1}"}
 MOCO = {"backbone": "encoder{n}", "projector": "encoder{n}.fc", "queue.keys": "queue", "queue.position": "queue_ptr"}
 SOCO = {
@@ -1185,7 +1132,9 @@ DETECTRON2 = {
     "fpn.inner_blocks.{0}.0": "fpn_lateral{2}", "fpn.inner_blocks.{0}.1": "fpn_lateral{2}.norm",
     "fpn.layer_blocks.{0}.0": "fpn_output{2}", "fpn.layer_blocks.{0}.1": "fpn_output{2}.norm",
     "head.{0}.0": "box_head.conv{1}", "head.{0}.1": "box_head.conv{1}.norm", "head.5": "box_head.fc1"}
-LAYOUTS = {  # {a name that tells it: (what it is, the method, its table, {what marks a network: which})}
+LAYOUTS = {  # {a name that only this layout has: (what it is, its method, its table, {mark of a network: which it is})}
+    "encoder_q.backbone.conv1.weight": ("ours", None, {"": "encoder{n}"}, {"_q": "online", "_k": "target"}),
+    "online.backbone.conv1.weight": ("ours", None, {"": "{n}"}, {"online": "online", "target": "target"}),
     "encoder_q.fc.weight": ("MoCo v1 of the authors", "moco", MOCO, {"_q": "online", "_k": "target"}),
     "encoder_q.fc.0.weight": ("MoCo v2 of the authors", "moco", MOCO, {"_q": "online", "_k": "target"}),
     "neck.fpn_convs.0.conv.weight": ("SoCo of the authors, FPN", "soco", SOCO, {"": "online", "_k": "target"}),
@@ -1196,20 +1145,20 @@ LAYOUTS = {  # {a name that tells it: (what it is, the method, its table, {what 
 
 
 def modules(table, mark=""):
-    """{our module: theirs} for all counts of one of the tables above."""
+    """{our module: theirs}: one of the tables above with all its counts filled in."""
     return {ours.format(k, k + 1, k + 2, b=b, c=c): theirs.format(k, k + 1, k + 2, b=b, c=c, n=mark)
             for ours, theirs in table.items() for k, b, c in product(range(4), range(36), (1, 2, 3))}
 
 
 def longest_prefix(name, modules):
-    """The innermost module around a tensor that is among `modules`, or an empty string."""
+    """The longest of `modules` that the name of a tensor begins with, or an empty string."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads plain values and NumPy's arrays, and refuses whatever else a pickle names."""
+    """Reads plain values and NumPy arrays, and refuses whatever else a pickle names."""
 
     known = {"collections.OrderedDict", "_codecs.encode", "numpy.ndarray", "numpy.dtype",
              "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy._core.numeric._frombuffer"}
@@ -1222,30 +1171,29 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def unpickled(path):
-    """The dict in a file of torch.save or in Detectron2's .pkl; nothing in it is executed.
+    """The dict in a file of torch.save, or in a .pkl of Detectron2. Nothing in the file is executed.
 
-    Exits with 2 if the file holds more than tensors, arrays and plain values.
+    Exits with 2 if it holds more than tensors, arrays and plain values.
     """
     try:
         if str(path).endswith(".pkl"):
             with open(path, "rb") as file:
                 state = PlainUnpickler(file, encoding="latin1").load()
             arrays = {name: x for name, x in state.get("model", state).items() if isinstance(x, np.ndarray)}
-            native = {name: x.astype(x.dtype.newbyteorder("=")) for name, x in arrays.items()}
-            return {**state, "model": {name: torch.from_numpy(x) for name, x in native.items()}}
+            return {**state, "model": {name: torch.tensor(x) for name, x in arrays.items()}}
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in SoCo's files
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state}
+            return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:  # a damaged file may make anything of an unpickler
         other = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it holds {other[1]}, and only tensors, arrays and plain values are read" if other else str(error)[:80]
-        fail(f"{path} cannot be read: {' '.join(why.split())}")
+        fail(f"{path} cannot be read ({' '.join(why.split())}): remove it, or take another")
 
 
 class Weights(NamedTuple):
-    """A file of weights in our names: `backbone.*`, SoCo's `fpn.*` and `head.*`, and what else the pretext task has.
+    """What a file of weights holds, by our names: `backbone.*`, SoCo's `fpn.*` and `head.*`, `projector.*`, ...
 
-    target: empty if the file has one network. settings: of a run of ours; of any other file the arch alone.
+    online, target: the tensors of the two networks; target is empty if the file has only one. settings: those of our
+    run; of any other file, the arch alone.
     """
 
     what: str
@@ -1256,21 +1204,21 @@ class Weights(NamedTuple):
     target: dict
 
     def sentence(self, taken):
-        """One line: what the file is, which of its parts were taken, and which have no place."""
+        """One line that says what the file is, which of its parts were taken, and which have no place."""
         names = {"fpn": "pyramid", "head": "box head", "fc": "classifier"}
         left = [names.get(part, part) for part in parts(self.online) if part not in taken]
         line = f"{self.what}: {', '.join(names.get(part, part) for part in taken)}"
         return line + (f"; no place for {', '.join(left)}" if left else "")
 
     def choose_arch(self, args):
-        """Fill in --arch, and the file's checksum as a setting of the run. Exits with 2 if --arch is another."""
+        """Set args.arch, and the file's checksum as a setting of the run. Exits with 2 if --arch is another."""
         if args.arch not in (None, self.settings["arch"]):
             fail(f"--init {args.init} is a {self.settings['arch']}, not --arch {args.arch}: leave --arch out")
         args.arch, args.init_checksum = self.settings["arch"], self.checksum
 
 
 def parts(tensors):
-    """{"backbone": {name: tensor}, "fpn": ..., ...}, by the first word of a name."""
+    """{"backbone": {name: tensor}, "fpn": {...}, ...}: the tensors by the first word of their names."""
     found = defaultdict(dict)
     for name, x in tensors.items():
         found[name.partition(".")[0]][name] = x
@@ -1285,8 +1233,7 @@ def read_weights(path):
     state = unpickled(path)
     model = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     model = {re.sub(r"^(module|roi_heads)\.", "", str(name)): x for name, x in model.items() if torch.is_tensor(x)}
-    ours = isinstance(state.get("settings"), dict)
-    what, method, places = our_layout(path, state) if ours else their_layout(path, model)
+    what, method, places = layout(path, state, model)
     networks = {"online": {}, "target": {}}
     for name, x in model.items():
         prefix = longest_prefix(name, places)
@@ -1296,9 +1243,9 @@ def read_weights(path):
         networks["online"]["queue.keys"] = torch.atleast_2d(networks["online"]["queue.keys"]).mT.contiguous()
         networks["online"]["queue.position"] = model["queue_ptr"].squeeze()
     for tensors in networks.values():
-        for name in [name for name in tensors if name.endswith(".running_mean")]:  # Detectron2 counts no batches
+        for name in [name for name in tensors if name.endswith(".running_mean")]:  # Detectron2 does not count batches
             tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    settings = state["settings"] if ours else {}
+    settings = state["settings"] if isinstance(state.get("settings"), dict) else {}
     arch = backbone_arch(path, settings.get("arch"), parts(networks["online"])["backbone"])
     author = f" by {' '.join(str(state['__author__']).split())[:40]}" if "__author__" in state else ""
     epoch = f", epoch {state['epoch']}" if isinstance(state.get("epoch"), int) else ""
@@ -1307,31 +1254,25 @@ def read_weights(path):
     return Weights(f"{path}: {what}{author}{epoch}, {arch}", checksum, method, {**settings, "arch": arch}, **networks)
 
 
-def our_layout(path, state):
-    """(what it is, its method, {module there: (network, module here)}) of a checkpoint of ours."""
-    method = str(state.get("method"))
-    if method not in NETWORKS:
+def layout(path, state, model):
+    """(what the file is, its method or None, {module there: (network, module here)}). Exits with 2 if it is unknown."""
+    method = str(state.get("method")) if isinstance(state.get("settings"), dict) else None
+    if method and method not in NETWORKS:
         fail(f"{path} is of {method}: take a checkpoint of {', '.join(NETWORKS)}")
-    online, target = NETWORKS[method]
-    return f"{method} of this project", method, {online: ("online", ""), target: ("target", "")}
-
-
-def their_layout(path, model):
-    """The same of a file of others, told by a name that only they have."""
-    layout = next((name for name in LAYOUTS if name in model), None)
-    if not layout:
+    known = next((name for name in LAYOUTS if name in model), None)
+    if not known:
         fail(f"{path} has no ResNet by names that are known here: ours, torchvision's, Detectron2's, or those of "
              "MoCo's, DetCo's and SoCo's authors")
-    what, method, table, marks = LAYOUTS[layout]
-    places = {theirs: (network, ours) for mark, network in reversed(marks.items())
-              for ours, theirs in modules(table, mark).items()}
-    return what, method, places
+    what, theirs, table, marks = LAYOUTS[known]
+    places = {there: (network, here) for mark, network in reversed(marks.items())
+              for here, there in modules(table, mark).items()}
+    return f"{method} of this project" if method else what, method or theirs, places
 
 
 def backbone_arch(path, arch, tensors):
-    """The --arch of tensors named backbone.*, told by their shapes if `arch` is None.
+    """The --arch of tensors named backbone.*: `arch`, or if that is None, what their shapes tell.
 
-    Exits with 2 if they are not that network's.
+    Exits with 2 if the tensors are not those of that network.
     """
     shapes = {name.removeprefix("backbone."): list(x.shape) for name, x in tensors.items()}
     if not arch:
@@ -1352,7 +1293,7 @@ def backbone_arch(path, arch, tensors):
 
 
 def weights_to_start_from(args):
-    """The Weights that --init names, with --arch filled in; None if the run has begun and the file is gone."""
+    """The Weights that --init names, after --arch has been set; None if the run has begun and the file is gone."""
     last = Path(args.out, "last.pt")
     if last.exists() and not Path(args.init).exists():
         settings = load(last)["settings"]
@@ -1364,27 +1305,23 @@ def weights_to_start_from(args):
 
 
 def start_from(model, method, weights):
-    """Put weights into both networks of a method's model, and print in one line what was taken.
+    """Put weights into both networks of a method's model, and print one line that says what was taken.
 
-    Backbone, pyramid and box head are taken from any file, everything else from a file of the same method. A part is
-    taken if all its names and shapes are the model's.
+    Backbone, pyramid and box head are taken from any file, other parts only from a file of the same method. A part is
+    taken if all its names and shapes are those of the model.
     """
     state, same, loaded = model.state_dict(), weights.method == method, {}
     shapes = lambda tensors: {name: x.shape for name, x in tensors.items()}
-
-    def take(network, part, tensors):
-        for prefix in (f"{network}.", ""):  # a predictor or a queue belongs to no network
-            named = {f"{prefix}{name}": x for name, x in tensors.items()}
-            here = {name: x for name, x in state.items() if name.startswith(f"{prefix}{part}.")}
-            if shapes(named) == shapes(here) and (same or part in ("backbone", "fpn", "head")):
-                loaded.update(named)
-                return True
-        return False
-
     online, target = NETWORKS[method]
-    for part, tensors in parts(weights.target if same and weights.target else weights.online).items():
-        take(target, part, tensors)
-    taken = [part for part, tensors in parts(weights.online).items() if take(online, part, tensors)]
+    for network, tensors in ((target, same and weights.target or weights.online), (online, weights.online)):
+        taken = []
+        for part, own in parts(tensors).items():
+            for prefix in (f"{network}.", ""):  # a predictor or a queue belongs to no network
+                named = {f"{prefix}{name}": x for name, x in own.items()}
+                here = {name: x for name, x in state.items() if name.startswith(f"{prefix}{part}.")}
+                if shapes(named) == shapes(here) and (same or part in ("backbone", "fpn", "head")):
+                    loaded.update(named)
+                    taken.append(part)
     model.load_state_dict(loaded, strict=False)
     if rank() == 0:
         print(weights.sentence(taken))
@@ -1398,7 +1335,7 @@ RUNTIME_SETTINGS = {"data", "out", "workers", "max_steps", "save_every", "print_
 
 @contextmanager
 def atomic_write(path):
-    """A binary file to write to, which appears at `path` complete or not at all. An OSError names the path."""
+    """Context with a binary file to write, which appears at `path` complete or not at all. An OSError names `path`."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             yield file
@@ -1407,23 +1344,27 @@ def atomic_write(path):
         os.replace(f"{path}.tmp", path)
     except BaseException as error:
         Path(f"{path}.tmp").unlink(missing_ok=True)
-        fault = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        fault = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind an error
         if isinstance(fault, OSError) and fault.errno:
             raise OSError(fault.errno, fault.strerror, str(path)) from error
         raise
 
 
-LOCKED = []  # open files: a lock ends when its file is closed
+LOCKED = []  # files that stay open, since a lock ends when its file is closed
 
 
 def lock(folder):
-    """Keep other runs out of a folder until this run's process 0 ends. Exits with 2 if another run is at work there.
+    """Make a folder, and keep other runs out of it until process 0 ends. Exits with 2 if another run is at work there.
 
-    A record lock: it ends with its process, however that ends, is not inherited by workers, and works on NFS.
+    A record lock ends with its process, however that ends; workers do not inherit it; it works on NFS.
     """
-    if rank() > 0:
-        return
-    LOCKED.append(open(Path(folder, ".lock"), "w"))
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if rank() > 0:
+            return
+        LOCKED.append(open(Path(folder, ".lock"), "w"))
+    except OSError as error:
+        fail(f"cannot write {folder}: {error.strerror}")
     for _ in range(20):  # a run that was killed may take seconds to die
         try:
             return fcntl.lockf(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1434,42 +1375,32 @@ def lock(folder):
     fail(f"another run is at work in {folder}: wait until it has ended, or take another folder")
 
 
-def save(path, **state):
-    """Write a checkpoint, from process 0 alone."""
-    if rank() == 0:
-        with atomic_write(path) as file:
-            torch.save(state, file)
-
-
 def load(path):
     """A checkpoint of ours, as a dict on the CPU. Exits with 2 if it is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "epoch", "step", "method", "settings", "generators"} - set(state)
-    except Exception as error:  # a damaged file may make anything of the unpickler
-        fail(f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:60]}): remove it, or take another")
+    state = unpickled(path)
+    missing = {"model", "optimizer", "epoch", "step", "method", "settings", "generators"} - set(state)
     if missing:
         fail(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
     return state
 
 
 def read_log(path):
-    """The rows of a log.jsonl, without a last line that a kill has torn. Exits with 2 if it is none."""
+    """The rows of a log.jsonl, except a last line that a kill has cut short. Exits with 2 if it is none."""
     try:
         rows = [json.loads(row) for row in Path(path).read_text().splitlines() if row.endswith("}")]
         if not all(isinstance(row["step"], int) for row in rows):
-            raise ValueError("a step is no number")
+            raise ValueError("a step is not a number")
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path} is no log.jsonl of this project ({type(error).__name__}: {error}): mend or remove it")
     return rows
 
 
 class Run:
-    """A run in its folder --out: resumed from last.pt or started from --init, saved there, logged to log.jsonl, the
-    console and TensorBoard. Exits with 2 if the folder holds another run.
+    """A run in its folder, --out: it begins or resumes there, saves last.pt, and logs to log.jsonl, the console and
+    TensorBoard. Exits with 2 if the folder holds another run.
 
     `.step` counts the steps done (the loop adds one), `.total` those of the whole run; `.last` is where --max-steps
-    stops it. The log of a resumed run reads as one uninterrupted run.
+    stops it. The log of a resumed run reads like that of an uninterrupted one.
     """
 
     def __init__(self, args, source, method, model, optimizer):
@@ -1483,14 +1414,10 @@ class Run:
         self.settings = {name: x for name, x in vars(args).items() if name not in RUNTIME_SETTINGS}
         self.settings |= source.fingerprint()
         self.out, self.step, self.board = Path(args.out), 0, None
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock(self.out)
-        except OSError as error:
-            fail(f"--out {args.out}: {error.strerror}")
+        lock(self.out)
         if Path(self.out, "last.pt").exists():
             self.resume(load(Path(self.out, "last.pt")))
-        elif getattr(args, "start", None):
+        elif args.start:
             start_from(model, method, args.start)
         here = [self.step, zlib.crc32(json.dumps(self.settings, sort_keys=True).encode())]
         if len(all_gather(torch.tensor([here], device=next(model.parameters()).device)).unique(dim=0)) > 1:
@@ -1499,6 +1426,7 @@ class Run:
             self.open_logs()
 
     def resume(self, state):
+        """Go on from the checkpoint `state`. Exits with 2 if it is of a run with other settings."""
         there, here = {"method": state["method"], **state["settings"]}, {"method": self.method, **self.settings}
         other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
                  if here.get(name) != there.get(name)]
@@ -1525,42 +1453,46 @@ class Run:
             self.board = SummaryWriter(self.args.out, purge_step=self.step)
 
     def save(self):
-        save(Path(self.out, "last.pt"), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-             epoch=self.step // self.steps_per_epoch, step=self.step, method=self.method, settings=self.settings,
-             generators={"torch": torch.get_rng_state()})  # each step seeds its own; kept for draws in between
+        """Write last.pt, from process 0 alone."""
+        if rank() == 0:
+            state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                         epoch=self.step // self.steps_per_epoch, step=self.step, method=self.method,
+                         settings=self.settings, generators={"torch": torch.get_rng_state()})
+            with atomic_write(Path(self.out, "last.pt")) as file:
+                torch.save(state, file)
         self.restart_clock()
 
     def batches(self, views, device, collate=None):
-        """All batches that are left of the run: `views` of the data, on the device, across epochs."""
+        """All batches that are left of the run, on the device: `views` of the images. Epochs follow each other."""
         steps = global_batches(len(self.source), self.args.batch_size, self.args.seed, self.step, self.last)
         self.loader = Loader(self.source, views, steps, self.args.workers, device, self.args.seed, collate)
         self.restart_clock()
         return self.until_stopped()
 
     def until_stopped(self):
-        """The loader's batches. After a signal, all processes save and end after the same step."""
+        """The loader's batches. If a signal comes, all processes save and end after the same step."""
         stop.holding = True
         try:
             for batch in self.loader:
                 yield batch
-                which = stop.agreed()
-                if which and self.step < self.last:
+                number = stop.agreed()
+                if number and self.step < self.last:
                     self.save()
-                    barrier()  # torchrun ends the others as soon as one is gone
+                    barrier()  # torchrun kills the others as soon as one has ended
                     if rank() == 0:
-                        print_line(f"stopped by {signal.Signals(which).name}, saved after step {self.step} of "
+                        print_line(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of "
                                    f"{self.total}: the same command goes on")
                     finish()
-                    sys.exit(128 + which)
+                    sys.exit(128 + number)
         finally:
             stop.holding = False
 
     def restart_clock(self):
-        """Leave what happened since the last row out of images_per_s."""
+        """Measure images_per_s and data_wait of the next row from here on."""
         self.mark = time.perf_counter(), self.step, self.loader.waited
 
     def log(self, loss, stats, lr):
-        """A row for the step just done, averaged over the processes. Nothing else in a step waits for the device."""
+        """Write a row for the step just done, averaged over the processes: the only wait for the device in a step."""
         figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
         if world_size() > 1:
             dist.all_reduce(figures)
@@ -1573,10 +1505,10 @@ class Run:
                     "data_wait": round((self.loader.waited - waited) / took, 3)})
 
     def monitor(self, backbone, pair, device, stage=5, pool=None):
-        """A row with the kNN accuracy of a stage of `backbone` on the pair (train, val).
+        """Write a row with the kNN accuracy of a stage of `backbone` on the pair (train, val).
 
-        If they are drawn shapes, only before the first step and after the last, and with the object probe, whose
-        features of boxes are what `pool` makes of the stages (default: `pool_stages`).
+        If these are drawn shapes, the row also has the object probe, with `pool` for the features of boxes (default:
+        `pool_stages`), and is written only before the first step and after the last.
         """
         drawn = isinstance(pair[0], Shapes)
         if drawn and self.step not in (0, self.total):
@@ -1592,7 +1524,7 @@ class Run:
         self.restart_clock()
 
     def write(self, values):
-        """A row in log.jsonl, a line on the console, and points in TensorBoard."""
+        """Write `values` as a row of log.jsonl, a line on the console, and points in TensorBoard."""
         if rank() > 0:
             return
         row = {"epoch": self.step // self.steps_per_epoch, "step": self.step, **values}
@@ -1600,7 +1532,7 @@ class Run:
         try:
             with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-        except OSError as error:  # raised by write or close, it names no path
+        except OSError as error:  # from write or close, which do not name the path
             raise OSError(error.errno, error.strerror, str(path)) from error
         print_line(self.console_line(values))
         for name, value in values.items() if self.board else ():
@@ -1629,8 +1561,8 @@ class Run:
         return read_log(path) if path.exists() else []
 
     def summary(self, **hints):
-        """Print where the run ended: each named stat, the mean of its last five rows, with a hint how to read it."""
-        rows, start = self.rows(), "at first" if getattr(self.args, "init", None) else "untrained"
+        """Print where the run ended: the mean of each named stat's last five rows, with a hint how to read it."""
+        rows, start = self.rows(), "at first" if self.args.init else "untrained"
         knns = [row["knn"] for row in rows if "knn" in row]
         stats = {name: [row[name] for row in rows if name in row][-5:] for name in hints}
         figures = [f"{name} {np.mean(values):.3g} ({hints[name]})" for name, values in stats.items() if values]
@@ -1647,24 +1579,22 @@ class Run:
 
 
 def save_views(path, *views):
-    """Write views.png: view 1, view 2, ... of an image side by side, the images of the batch below each other.
+    """Write a picture, from process 0 alone: the views of an image side by side, the images below each other.
 
-    views: [N, 3, S, S] each, in [0, 1]; small ones are drawn larger.
+    views: view 1, view 2, ... of all images, each [N, 3, S, S] in [0, 1]; small ones are enlarged.
     """
     if rank() == 0:
         pictures = torch.stack(views, dim=1).flatten(0, 1).cpu()  # [N * views, 3, S, S]
         pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
         with atomic_write(path) as file:
-            torchvision.utils.save_image(torchvision.utils.make_grid(pictures, nrow=len(views), padding=2), file, "png")
+            torchvision.utils.save_image(pictures, file, "png", nrow=len(views))
 
 
 # --- Long work before training ---------------------------------------------------------------------------------------
 
 def clock(seconds):
-    """Seconds as 1:34 or 2:01:34."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """Seconds as 0:05, 1:34 or 2:01:34."""
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
 
 
 class Progress:
@@ -1690,47 +1620,33 @@ def need_opencv(flag, instead):
              f"beside it); {instead} needs none")
 
 
-class Files(Dataset):
-    """Item i makes the file of tasks[i] and gives what went wrong, or an empty string."""
-
-    def __init__(self, path, write, tasks):
-        self.path, self.write, self.tasks = path, write, tasks
-
-    def __len__(self):
-        return len(self.tasks)
-
-    def __getitem__(self, i):
-        path = self.path(self.tasks[i])
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                self.write(self.tasks[i], file)
-        except Unreadable as error:
-            print(f"cannot decode {error}: no {path.name}", file=sys.stderr, flush=True)
-        except OSError as error:
-            return f"cannot write {path}: {error.strerror}"
-        return ""
-
-
 def make_files(label, count, path, write, device):
     """Make those of the files path(0) ... path(count - 1) that are missing, on all cores of all processes.
 
-    write(k, file) writes one to a binary file; what it finds Unreadable is named and left out. The processes meet every
-    few seconds, between files, so that none waits for another for longer than their connection allows.
+    write(k, file) writes the content of file k. If it raises Unreadable, the file is named and left out. The processes
+    meet every few seconds, so that none waits for another one longer than their connection allows.
     """
+    def make(k):
+        """Make file k, in a worker -> what went wrong, or an empty string."""
+        try:
+            path(k).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path(k)) as file:
+                write(k, file)
+        except Unreadable as error:
+            print(f"cannot decode {error}: no {path(k).name}", file=sys.stderr, flush=True)
+        except OSError as error:
+            return f"cannot write {path(k)}: {error.strerror}"
+        return ""
+
     total = lambda n: int(all_gather(torch.tensor([n], device=device)).sum())
     tasks = [k for k in range(count) if not path(k).exists()]
-    if total(len(tasks)) != len(tasks) * world_size():  # all have looked before the first one writes
+    if total(len(tasks)) != len(tasks) * world_size():  # here all have looked, and none has written yet
         fail(f"the processes see different {label}: put them where every node sees them")
     if tasks:
-        try:
-            path(0).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"cannot write {path(0).parent}: {error.strerror}")
         lock(path(0).parent)
-    made = iter(DataLoader(Files(path, write, tasks[rank()::world_size()]), batch_size=None, num_workers=cores(),
+    made = iter(DataLoader(tasks[rank()::world_size()], batch_size=None, collate_fn=make, num_workers=cores(),
                            worker_init_fn=ignore_signals, multiprocessing_context="fork"))
-    done, finished, start = 0, 0, time.perf_counter()
+    done, finished, progress = 0, 0, Progress(label, len(tasks))
     while finished < len(tasks):
         meet = time.perf_counter() + 5
         while time.perf_counter() < meet and (error := next(made, None)) is not None:
@@ -1738,16 +1654,14 @@ def make_files(label, count, path, write, device):
                 fail(error, everywhere=True)
             done += 1
         finished = total(done)
-        if rank() == 0:
-            left = (time.perf_counter() - start) / max(finished, 1) * (len(tasks) - finished)
-            print_line(f"{label}: {(count - len(tasks) + finished) / count:.1%}, {clock(left)} left")
+        progress(finished)
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def evaluating(network):
-    """Context in which the network is in eval mode, in all processes with the running statistics of process 0."""
+    """Context in which the network is in eval mode, with the running statistics of process 0 in all processes."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     for buffer in network.buffers() if world_size() > 1 else ():
@@ -1760,7 +1674,7 @@ def evaluating(network):
 
 
 def map_images(function, source, view, indices, batch_size, device, workers=0, collate=None):
-    """(batch, function(batch)) for the images `indices` of `source`, batch by batch; prints progress."""
+    """Yields (batch, function(batch)), batch by batch, for the images `indices` of `source`; prints progress."""
     progress, done = Progress(f"{len(indices)} images", len(indices)), 0
     for batch in Loader(source, view, in_batches(indices, batch_size), workers, device, collate=collate):
         yield batch, function(batch)
@@ -1769,7 +1683,7 @@ def map_images(function, source, view, indices, batch_size, device, workers=0, c
 
 
 def extract_features(backbone, source, indices, size, device, workers, stage=5):
-    """(indices [n], features [n, C]) batch by batch: a stage's output for center crops, pooled and L2-normalized."""
+    """Yields (indices [n], features [n, C]) of center crops: a stage's output, averaged and L2-normalized."""
     normalize = Photometric().to(device)
 
     def view(image, rng):
@@ -1788,8 +1702,8 @@ def extract_features(backbone, source, indices, size, device, workers, stage=5):
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
     """Top-1 accuracy in [0, 1] of weighted k nearest neighbors on frozen c5 (Wu et al. 2018; MoCo A.9), or on c2 to c4.
 
-    Every process compares its share of the training images with all validation features and keeps the k nearest, so
-    that no training feature is ever stored. train, val: sources with labels; k: less if there are fewer images.
+    train, val: sources with labels. k: all images if there are fewer. Each process compares its share of the training
+    images with all validation features and keeps the k nearest, so that no training feature is ever stored.
     """
     labels, classes = train.labels()
     truth, _ = val.labels(classes)
@@ -1811,13 +1725,13 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, 
 
 
 def pool_stages(stages, boxes):
-    """{"c2": [n, C2 * 9], ..., "c5"}: each box, by RoIAlign to 3 x 3 cells. boxes: [k, 4] of each image."""
+    """{"c2": [n, C2 * 9], ..., "c5"}: RoIAlign of each box to 3 x 3 cells. boxes: a list of [k, 4], one an image."""
     return {f"c{i}": torchvision.ops.roi_align(c.float(), boxes, 3, 0.5 ** i, aligned=True).flatten(1)
             for i, c in enumerate(stages, start=2)}
 
 
 def object_view(image, rng, source, size):
-    """An image made square, uint8 [3, size, size]; its boxes [k, 4] xyxy in pixels of the view; their classes [k]."""
+    """{"view": the image made square, uint8 [3, size, size], "boxes": [k, 4] xyxy in its pixels, "classes": [k]}."""
     boxes, classes = source.objects(image.index)  # boxes in pixels of the image
     view, = image.crop([(0, 0, *image.size)], [size])
     boxes = boxes * np.tile(size / np.array(image.size), 2)
@@ -1825,9 +1739,9 @@ def object_view(image, rng, source, size):
 
 
 def box_features(encode, source, images, size, device, workers=0):
-    """({name: features [n, D]}, classes [n]) of all boxes of some images of `source`, made square of `size` pixels.
+    """({name: features [n, D]}, classes [n]) of all boxes in the images `images` of `source`, resized to size x size.
 
-    encode(views [N, 3, S, S], boxes) gives the features. All processes work on them, and all have them in the end.
+    encode(views [N, 3, S, S], boxes) gives the features. All processes share the work and return all features.
     """
     view, found = partial(object_view, source=source, size=size), []
     encode_batch = lambda batch: encode(torch.stack(batch["view"]), batch["boxes"])
@@ -1844,13 +1758,13 @@ def box_features(encode, source, images, size, device, workers=0):
 
 
 def ridge(x, y, x_val):
-    """Scores [M, K] of x_val [M, D] for each class: ridge regression on x [N, D] and its classes y [N, K], one-hot.
+    """Scores [M, K] of x_val [M, D] for each class, by ridge regression on x [N, D] and its classes y [N, K], one-hot.
 
-    The strength is the one whose leave-one-out fits tell the classes best; all of them follow from one decomposition.
+    The strength is the one with the best leave-one-out accuracy. One eigendecomposition gives the fits of them all.
     """
     mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x, x_val = (((rows - mean) / std).double() for rows in (x, x_val))
-    if x.shape[1] > len(x):                              # nothing can be learned outside the span of the rows
+    if x.shape[1] > len(x):                              # outside the span of the rows nothing can be learned
         span = torch.linalg.qr(x.T).Q
         x, x_val = x @ span, x_val @ span
     target = y.double()
@@ -1870,16 +1784,16 @@ def ridge(x, y, x_val):
 
 
 def detector_size(size):
-    """The side in pixels of an image in a detector when pre-training gives it `size`: 800 at 224, in whole strides."""
+    """The side in pixels of a detector's image if pre-training's has `size`: 800 for 224, in whole strides of 32."""
     return 32 * round(size * 800 / 224 / 32)
 
 
 @torch.no_grad()
 @exact_products()
 def probe(backbone, train, val, size, device, workers=0, pool=pool_stages):
-    """{"c2": accuracy in [0, 1], ..., "c5"} of a linear classifier that tells the object in a box by one stage.
+    """{"c2": ..., "c5"}: the accuracy in [0, 1] of a linear classifier that tells the object in a box by one stage.
 
-    train, val: sources with objects, to learn from and to evaluate on; pool(stages, boxes): the features of boxes.
+    train, val: sources with objects, to learn from and to evaluate on. pool(stages, boxes): as `pool_stages`.
     """
     normalize = Photometric().to(device)
     encode = lambda views, boxes: pool(backbone(normalize(views)), boxes)
@@ -1895,8 +1809,8 @@ def probe(backbone, train, val, size, device, workers=0, pool=pool_stages):
 class Parser(argparse.ArgumentParser):
     """The flags that all methods share; a method adds its own to `.own`.
 
-    Defaults come from `paper`, and from `demo` over it if no --data is given. The scripts of transfer/, which train a
-    network that exists, have no demo and add --data and --arch themselves.
+    Defaults come from `paper`, or first from `demo` if no --data is given. The scripts of transfer/, which start from
+    trained weights, have no demo, and add --data, --init, --arch and --size themselves.
     """
 
     def __init__(self, doc, paper, demo=None):
@@ -1943,7 +1857,7 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
     def parse(self, variant=lambda args: {}):
-        """The arguments, every default filled in: from `variant(args)`, else `demo` without --data, else `paper`."""
+        """The arguments. A default comes from variant(args), or from `demo` if no --data is given, or from `paper`."""
         args = self.parse_args()
         for name, value in vars(args).items():
             if "" in (value if isinstance(value, list) else [value]):
@@ -1966,7 +1880,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def bounded(kind, low, high=1e9):
-    """An argparse type: an int or a float from low to high."""
+    """An argparse type: a number of type `kind`, int or float, from low to high."""
     def parse(text):
         if not low <= kind(text) <= high:  # nan is in no range
             bounds = f"at least {low}" if kind(text) < low else f"from {low} to {high:g}"
@@ -1977,7 +1891,7 @@ def bounded(kind, low, high=1e9):
 
 
 def choose_bn_splits(args):
-    """Fill in --bn-splits, the BN groups of one process: 8, fewer in a small batch. Exits with 2 if they do not fit."""
+    """Set args.bn_splits, the BN groups of one process, to 8, or less in a small batch. Exits with 2 if none fit."""
     if args.bn_splits is None:
         fits = lambda groups: args.batch_size % groups == 0 and args.batch_size >= 4 * groups
         args.bn_splits = next(filter(fits, (8, 4, 2)), 1)
@@ -1988,6 +1902,7 @@ def choose_bn_splits(args):
 
 
 def warn_if_queue_is_long(args, source):
+    """Print a note if the queue holds more keys than there are images."""
     if args.queue > len(source) and rank() == 0:
         print(f"note: the queue holds {args.queue} keys and the data {len(source)} images, so older keys of a query's "
               f"own image are among its negatives; --queue {max(1, len(source) // 2)} or less avoids that")
@@ -1999,9 +1914,9 @@ def cores():
 
 
 def open_data(args, single=True):
-    """(images to train on, the pair of sources to monitor with, or None): from folders, or drawn if no --data is given.
+    """(images to train on, a pair of sources to monitor with or None): from folders, or drawn if no --data is given.
 
-    single: drawn pictures to train on show one object each, not several.
+    single: whether the drawn pictures to train on show one object each, or several.
     """
     shapes = lambda count, seed, single=True: Shapes(count, 48, args.seed + seed, single).draw_all()
     if args.data is None:

@@ -131,12 +131,29 @@ def member(mask, k):
     return mask.reshape(*mask.shape[:2], -1)[..., k // 256] == k % 256
 
 
+class Colors(common.Photometric):
+    """Photometric with the jitter of BYOL's and DetCon's own code.
+
+    If torchvision multiplies by 1 + u, u is added to the brightness here. Contrast is about each channel's mean.
+    Saturation is HSV's: (largest - smallest) / largest channel. It is 1 at most, which bounds its factor.
+    """
+
+    @staticmethod
+    def blend(x, op, factor):
+        op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+        value, smallest = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)        # [N, 1, H, W]
+        most = torch.minimum(factor, value / (value - smallest).clamp(min=1e-8))
+        anchor = torch.where(op == 2, value, x.mean(dim=(2, 3), keepdim=True))            # [N, 3, H, W]
+        scale = torch.where(op == 2, most, torch.where(op == 0, 1.0, factor))
+        return (torch.lerp(anchor, x, scale) + (factor - 1) * (op == 0)).clamp_(0, 1)
+
+
 def color_augmentation(variant, view, size):
     """The colors of view 1 or 2 (table of A.1). Blur's sigma is 0.1 to 2 pixels at 224."""
-    same = dict(jitter_p=0.8, grayscale_p=0.2, sigma=(0.1 * size / 224, 2.0 * size / 224), family="dm_pix")
+    same = dict(jitter_p=0.8, grayscale_p=0.2, sigma=(0.1 * size / 224, 2.0 * size / 224))
     if variant == "s":
-        return common.Photometric(0.8, 0.8, 0.8, 0.2, blur_p=[1.0, 0.0][view - 1], **same)
-    return common.Photometric(0.4, 0.4, 0.2, 0.1, blur_p=[1.0, 0.1][view - 1], solarize_p=[0.0, 0.2][view - 1], **same)
+        return Colors(0.8, 0.8, 0.8, 0.2, blur_p=[1.0, 0.0][view - 1], **same)
+    return Colors(0.4, 0.4, 0.2, 0.1, blur_p=[1.0, 0.1][view - 1], solarize_p=[0.0, 0.2][view - 1], **same)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,7 +291,7 @@ class DetCon(nn.Module):
 def felzenszwalb(image, scales):
     """uint8 [H, W], or [H, W, scales]: Felzenszwalb-Huttenlocher segments, with the scale as minimum size.
 
-    H x W is `common.shrunk` of the image's size: the scales are meant for images as large as ImageNet's.
+    H x W is `common.shrunk_size` of the image's size: the scales are meant for images as large as ImageNet's.
     """
     import cv2
     cv2.setNumThreads(1)  # every core has an image of its own
@@ -318,7 +335,7 @@ def read_mask(image, folder, source):
         mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit gray
     if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):
         raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
-    if mask.shape[1::-1] not in (image.size, common.shrunk(image.size)):
+    if mask.shape[1::-1] not in (image.size, common.shrunk_size(image.size)):
         width, height = image.size
         raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {width} x {height}")
     return mask.astype(np.uint8) if mask.dtype == bool else mask

@@ -157,8 +157,8 @@ def write_checkpoint(path, method, model, arch):
             x.copy_(0.1 * torch.randn(len(x)))
         if name.endswith("running_var"):
             x.copy_(0.5 + torch.rand(len(x)))
-    common.save(path, model=model.state_dict(), optimizer={}, epoch=0, step=0, method=method, settings={"arch": arch},
-                generators={})
+    torch.save(dict(model=model.state_dict(), optimizer={}, epoch=0, step=0, method=method, settings={"arch": arch},
+                    generators={}), path)
     return path
 
 

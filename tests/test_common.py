@@ -13,6 +13,7 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 
 import common
+import detcon
 from conftest import in_processes
 
 
@@ -301,7 +302,7 @@ def noise_and_flat_colors(n, size=9):
 @pytest.mark.parametrize("op, factors", [(0, (0.2, 0.7, 1, 1.8)), (1, (0.2, 0.7, 1, 1.8)), (2, (0, 0.5, 1, 1.8)),
                                          (3, (1,))])
 def test_each_jitter_of_dm_pix_equals_its_formula_pixel_by_pixel(op, factors):
-    photometric = common.Photometric(0.8, 0.8, 0.8, 0.2, family="dm_pix")
+    photometric = detcon.Colors(0.8, 0.8, 0.8, 0.2)
     for factor, turn in zip(factors, (0.15, -0.2, 0.0, 0.07)):
         x, draw = noise_and_flat_colors(2), photometric.draw(2)
         draw["factor"], draw["hue"] = torch.ones(2, 3), torch.full((2,), turn if op == 3 else 0.0)
@@ -314,7 +315,7 @@ def test_each_jitter_of_dm_pix_equals_its_formula_pixel_by_pixel(op, factors):
 
 def test_dm_pix_applies_its_jitters_one_after_another_in_the_drawn_order():
     torch.manual_seed(0)
-    photometric = common.Photometric(0.8, 0.8, 0.8, 0.2, jitter_p=0.9, family="dm_pix")
+    photometric = detcon.Colors(0.8, 0.8, 0.8, 0.2, jitter_p=0.9)
     x, draw = noise_and_flat_colors(24), photometric.draw(24)
     fast, slow = photometric.apply_draw(x, draw), x.permute(0, 2, 3, 1).double().numpy()
     assert len(draw["order"].unique(dim=0)) > 12

@@ -277,7 +277,7 @@ def test_soco_goes_on_from_the_authors_file_and_resumes_without_it_and_its_first
     assert run_script(soco, monkeypatch, *train, "--arch", TINY, *by_hand, "--max-steps", 1) == 0
     last = torch.load(tmp_path / "by_hand" / "last.pt", weights_only=True)
     last["optimizer"]["state"] = {}
-    common.save(tmp_path / "by_hand" / "last.pt", **{**last, "model": model.state_dict(), "step": 0, "epoch": 0})
+    torch.save({**last, "model": model.state_dict(), "step": 0, "epoch": 0}, tmp_path / "by_hand" / "last.pt")
     unloaded = rows(tmp_path / "by_hand")[0]["loss"]
     assert run_script(soco, monkeypatch, *train, "--arch", TINY, *by_hand, "--max-steps", 1) == 0
     assert rows(tmp_path / "whole")[0]["loss"] == rows(tmp_path / "by_hand")[0]["loss"] != unloaded

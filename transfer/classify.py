@@ -58,7 +58,7 @@ class VOC2007(common.ImageFolder):
             common.fail(f"{root}/ImageSets/Main/*_{split}.txt cannot be read as VOC's "
                         f"({type(error).__name__}: {error})")
         self.classes = [file.name.removesuffix(f"_{split}.txt") for file in files]
-        self.only([f"{name}.jpg".encode() for name in names], split)
+        coco.keep_images(self, [f"{name}.jpg".encode() for name in names], split)
 
 
 def open_labeled(args):

@@ -14,6 +14,17 @@ from transfer.coco_masks import decode
 
 # --- Annotated images ------------------------------------------------------------------------------------------------
 
+def keep_images(folder, names, what):
+    """Keep the images of `names`, a list of bytes, in that order. what: who names them, for the error message."""
+    missing = sorted(set(names) - set(folder.names.tobytes().split(b"\0")))
+    if missing:
+        common.fail(f"{folder.root} lacks {len(missing)} of the {len(names)} images of {what}: "
+                    f"{os.fsdecode(missing[0])}")
+    if not names:
+        common.fail(f"{what} names no image")
+    folder.keep(b"\0".join(names) + b"\0")
+
+
 class CocoFolder(common.ImageFolder):
     """The images of a COCO annotation file; with `training` only those that show an object to learn, crowds aside.
 
@@ -53,7 +64,7 @@ class CocoFolder(common.ImageFolder):
             common.fail(f"{path} is no file of COCO annotations ({type(error).__name__}: {error})")
         if not names:
             common.fail(f"{path} annotates nothing" + (f" with {needs}" if needs else ""))
-        self.only(names, path)
+        keep_images(self, names, path)
         self.annotations, self.annotation_ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
 
     def annotation(self, i):

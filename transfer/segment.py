@@ -26,7 +26,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-from transfer import convert  # noqa: E402
+from transfer import coco, convert  # noqa: E402
 
 DEFAULTS = dict(batch_size=16, lr=0.003, size=513, weight_decay=1e-4, drops=[0.7, 0.9], iterations=30_000,
                 print_every=50)
@@ -65,7 +65,7 @@ class LabelMapFolder(common.ImageFolder):
                 names = [f"{name}.jpg".encode() for name in sorted(chosen.read_text().split())]
             except OSError as error:
                 common.fail(f"{chosen}: {error.strerror}")
-            self.only(names, chosen)
+            coco.keep_images(self, names, chosen)
             self.maps = augmented if chosen == more and augmented.is_dir() else Path(root, "SegmentationClass")
         elif self.layout == "cityscapes":
             super().__init__(Path(root, "leftImg8bit", split))
