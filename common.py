@@ -1353,7 +1353,7 @@ def atomic_write(path):
 LOCKED = []  # files that stay open, since a lock ends when its file is closed
 
 
-def lock(folder):
+def lock(folder, flag=""):
     """Make a folder, and keep other runs out of it until process 0 ends. Exits with 2 if another run is at work there.
 
     A record lock ends with its process, however that ends; workers do not inherit it; it works on NFS.
@@ -1364,7 +1364,7 @@ def lock(folder):
             return
         LOCKED.append(open(Path(folder, ".lock"), "w"))
     except OSError as error:
-        fail(f"cannot write {folder}: {error.strerror}")
+        fail(f"cannot write {flag}{folder}: {error.strerror}")
     for _ in range(20):  # a run that was killed may take seconds to die
         try:
             return fcntl.lockf(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1414,7 +1414,7 @@ class Run:
         self.settings = {name: x for name, x in vars(args).items() if name not in RUNTIME_SETTINGS}
         self.settings |= source.fingerprint()
         self.out, self.step, self.board = Path(args.out), 0, None
-        lock(self.out)
+        lock(self.out, "--out ")
         if Path(self.out, "last.pt").exists():
             self.resume(load(Path(self.out, "last.pt")))
         elif args.start:
