@@ -586,14 +586,14 @@ class Photometric(nn.Module):
         low = (1 - self.strength[:3]).clamp(min=0)
         factor = torch.lerp(low.expand(n, 3), 1 + self.strength[:3], draws[:, :3])
         hue = (2 * draws[:, 3] - 1) * self.strength[3]
-        low, high = self.sigma
+        narrow, wide = self.sigma
         return {
             "factor": torch.where(jitter, factor, 1.0),          # [n, 3] brightness, contrast, saturation
             "hue": torch.where(jitter[:, 0], hue, 0.0),          # [n] turns of the color circle
             "order": uniform(4).argsort(dim=1),                  # [n, 4] the ops, first to last; op 3 is hue
             "grayscale": uniform() < self.grayscale_p,           # [n]
             "blur": uniform() < self.blur_p,                     # [n]
-            "sigma": low + (high - low) * uniform(),             # [n] pixels
+            "sigma": narrow + (wide - narrow) * uniform(),       # [n] pixels
             "solarize": uniform() < self.solarize_p,             # [n]
         }
 
@@ -1562,12 +1562,12 @@ class Run:
 
     def summary(self, **hints):
         """Print where the run ended: the mean of each named stat's last five rows, with a hint how to read it."""
-        rows, start = self.rows(), "at first" if self.args.init else "untrained"
+        rows, at_first = self.rows(), "at first" if self.args.init else "untrained"
         knns = [row["knn"] for row in rows if "knn" in row]
         stats = {name: [row[name] for row in rows if name in row][-5:] for name in hints}
         figures = [f"{name} {np.mean(values):.3g} ({hints[name]})" for name, values in stats.items() if values]
         if knns:
-            figures += [f"kNN {knns[-1]:.1%}" + (f" ({start} {knns[0]:.1%})" if "knn" in rows[0] else "")]
+            figures += [f"kNN {knns[-1]:.1%}" + (f" ({at_first} {knns[0]:.1%})" if "knn" in rows[0] else "")]
         probes = [{name[6:]: x for name, x in row.items() if name.startswith("probe_")}
                   for row in rows if "probe_c2" in row]
         if len(probes) == 2:
