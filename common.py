@@ -55,6 +55,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.transforms.functional import pil_to_tensor as to_tensor  # PIL RGB -> uint8 [3, H, W]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as all five papers use
 Image.MAX_IMAGE_PIXELS = None                             # --max-pixels is the limit
@@ -63,10 +64,7 @@ Image.MAX_IMAGE_PIXELS = None                             # --max-pixels is the 
 # --- How a program ends ----------------------------------------------------------------------------------------------
 
 def fail(message, everywhere=False, code=2):
-    """End the program with one line on stderr, which process 0 alone prints unless `everywhere`.
-
-    Code 2, the default, stands for a usage error.
-    """
+    """End the program with an error message, from process 0 alone unless `everywhere`. Code 2 is a usage error."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     else:
@@ -469,10 +467,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def put(self, keys, count=None):
-        """Put in rows [N, dim] that are the same in all processes; with `count`, a tensor, only the first `count`.
-
-        These must fit into the queue.
-        """
+        """Put in rows that are the same in all processes; with `count`, a tensor, the first `count`, which must fit."""
         size, count = len(self.keys), len(keys) if count is None else count
         place = torch.arange(len(keys), device=keys.device)[-size:]  # of more rows than fit, the last stay
         index = (self.position + place) % size
@@ -648,15 +643,12 @@ class Photometric(nn.Module):
 
     @staticmethod
     def gaussian_blur(x, sigma):
-        """x blurred by Gaussians of `sigma` [N] pixels: a banded matrix times the columns, then the rows.
-
-        At the border, the weights of the pixels inside the image sum to one.
-        """
+        """x blurred by Gaussians of `sigma` [N] pixels: a banded matrix times the columns, then the rows."""
         def band(size):
             d = torch.arange(size, device=x.device)
             d = d - d[:, None]
             weight = torch.exp(-0.5 * (d / sigma.view(-1, 1, 1)) ** 2) * (d.abs() <= max(1, size // 20))
-            return (weight / weight.sum(dim=-1, keepdim=True))[:, None]       # [N, 1, size, size]
+            return (weight / weight.sum(dim=-1, keepdim=True))[:, None]       # [N, 1, size, size], at the border too
         return band(x.shape[2]) @ x @ band(x.shape[3]).mT
 
 
@@ -775,11 +767,6 @@ def to_rgb(image):
     if image.mode == "P":              # Pillow takes a palette with transparency to RGB only by way of RGBA
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def to_tensor(image):
-    """PIL RGB -> uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
