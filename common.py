@@ -11,7 +11,7 @@
     Batches                     from images to batches on the device
     Weights to start from       --init: our checkpoints and other people's
     Runs                        checkpoints, log.jsonl, views.png
-    Long work before training   files made by all processes together
+    Long work before training   how far it is, and files made by all processes together
     Evaluation                  the kNN monitor and the object probe
     Command line                the flags that all methods share
 
