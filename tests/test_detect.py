@@ -263,6 +263,12 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_the_rest_learns(scenes, checkpo
     assert not torch.equal(after["backbone.fpn.inner_blocks.0.0.weight"], model.online.fpn.inner_blocks[0][0].weight)
 
 
+def test_fill_takes_some_of_the_parts_that_a_checkpoint_has(scenes, checkpoints, tmp_path, monkeypatch, capsys):
+    path, _ = checkpoints["soco"]
+    assert run(monkeypatch, *arguments(scenes, tmp_path, "--fill", "backbone", "fpn", "--max-steps", 1, init=path)) == 0
+    assert "filled: backbone.body, backbone.fpn; new: roi_heads.box_head" in capsys.readouterr().out
+
+
 def test_torchvisions_weights_of_a_resnet_are_an_init(scenes, tmp_path, monkeypatch):
     network = common.resnet(ARCH)
     torch.save({**network.state_dict(), "fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")

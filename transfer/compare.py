@@ -250,7 +250,7 @@ def arguments():
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which of the five (default: all)")
     add("--init", nargs="+", type=Path, default=[], metavar="FILE",
         help="weights to evaluate beside them, ours or the authors' (as classify.py's --init)")
-    add("--seeds", type=count, default=3, help="networks of each method (default: 3)")
+    add("--seeds", type=count, default=2, help="networks of each method (default: 2)")
     add("--arch", default="resnet18w0.25", help="of all (default: resnet18w0.25)")
     add("--size", type=common.bounded(int, 32), default=48,
         help="side of a view in pixels (default: 48); probes and detectors get images 800 / 224 times as large")

@@ -34,8 +34,7 @@ from transfer import coco, convert  # noqa: E402
 
 DEFAULTS = dict(  # Detectron2's 1x schedule on COCO, which the papers take; lr is for 16 images a step
     model="fasterrcnn", head="4conv1fc", size=[640, 800], rois=512, epochs=12, batch_size=16, lr=0.02, warmup=0.14,
-    drops=[2 / 3, 8 / 9],
-    weight_decay=1e-4, print_every=50)
+    drops=[2 / 3, 8 / 9], weight_decay=1e-4, fill=["backbone", "fpn", "head"], print_every=50)
 # the pyramid's first level, by model
 LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fcos": 3}
 
@@ -183,6 +182,7 @@ def arguments():
     add("--size", type=common.bounded(int, 32), nargs=2,
         help="range of the image's shorter side in training; tested at the larger")
     add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs)")
+    add("--fill", choices=DEFAULTS["fill"], nargs="+", help="the parts to take from --init, if it has them")
     add("--freeze", action="store_true", help="keep the backbone as it is (DetCon Sec. 4.3)")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--drops", type=common.bounded(float, 0, 1), nargs="+",
@@ -215,7 +215,8 @@ def main():
                     f"{sorted(there ^ here)[0]} is in one alone")
     if keypoints and not source.keypoints:
         common.fail(f"{args.train[1]}: no category has `keypoints`")
-    tensors, _ = convert.initial(args, ("backbone", "fpn", "head"))
+    tensors, _ = convert.initial(args, args.fill)
+    tensors = {name: x for name, x in tensors.items() if name.partition(".")[0] in args.fill}
     common.seed_everything(args.seed)
     detector = build(args.model, args.arch, len(source.classes), len(source.keypoints), args.head, args.size, args.rois)
     filled, new = fill(detector, tensors, args.model, args.head)
