@@ -15,7 +15,7 @@ import moco
 import soco
 from conftest import (in_processes, rows, run_script, weights, without_speed, write_checkpoint, write_pictures,
                       write_scenes)
-from transfer import classify, convert
+from transfer import classify, convert, svm
 
 run = partial(run_script, classify)
 TINY = ["--init", "random", "--arch", "resnet18w0.25", "--size", 32, "--batch-size", 16, "--workers", 0]
@@ -99,6 +99,18 @@ def test_settings_are_the_papers(monkeypatch):
     assert chosen["finetune", "random"] == (0.1, 1e-4, [0.7, 0.9], 100, 256)
 
 
+def test_the_ceiling_takes_a_detectors_batches_of_annotated_images(monkeypatch, capsys):
+    images = ["--train", "images", "a.json", "--val", "images", "b.json"]
+    for flags, expected in ((images, (800, 16)), ([*images, "--batch-size", 64, "--size", 96], (96, 64)),
+                            ([], (160, 256))):
+        argv = ["classify.py", "--init", "random", "--protocol", "supervised", *map(str, flags)]
+        monkeypatch.setattr("sys.argv", argv)
+        args = classify.arguments()
+        assert (args.size, args.batch_size, args.lr) == (*expected, 0.1)
+    assert run(monkeypatch, "--help") == 0
+    assert "with --train a --batch-size of 16" in " ".join(capsys.readouterr().out.split())
+
+
 def test_top1_and_top5_are_those_counted_by_hand(pictures):
     source = common.ImageFolder(pictures / "val")
     labels, classes = source.labels()
@@ -121,7 +133,7 @@ def test_svm_finds_the_weights_of_scikit_learns_linear_svc(blobs, cost):
     (x, label), _ = blobs
     y = torch.where(label[:, None] == torch.arange(4), 1.0, -1.0)
     y[:50, 1] = 0  # left out by the second alone
-    w = classify.linear_svm(torch.nn.functional.pad(x, (0, 1), value=1.0), y, cost, tol=1e-6)
+    w = svm.linear_svm(torch.nn.functional.pad(x, (0, 1), value=1.0), y, cost)
     for k in range(4):
         used = y[:, k] != 0
         theirs = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-9, max_iter=10000)
@@ -133,23 +145,23 @@ def test_svm_finds_the_weights_of_scikit_learns_linear_svc(blobs, cost):
 def test_svm_starts_where_another_cost_ended_and_ends_where_it_would_anyway(blobs):
     (x, label), _ = blobs
     y = torch.where(label[:, None] == torch.arange(4), 1.0, -1.0)
-    start = classify.linear_svm(x, y, 0.01)
-    torch.testing.assert_close(classify.linear_svm(x, y, 1.0, start, tol=1e-6),
-                               classify.linear_svm(x, y, 1.0, tol=1e-6), rtol=1e-3, atol=1e-3)
+    start = svm.linear_svm(x, y, 0.01)
+    torch.testing.assert_close(svm.linear_svm(x, y, 1.0, start),
+                               svm.linear_svm(x, y, 1.0), rtol=1e-3, atol=1e-3)
 
 
 def test_svm_of_few_rows_and_many_columns(blobs):
     (x, label), _ = blobs
     wide = torch.nn.functional.normalize(torch.randn(40, 900, generator=torch.Generator().manual_seed(0)), dim=1)
     y = torch.where(label[:40, None] == torch.arange(4), 1.0, -1.0)
-    w = classify.linear_svm(wide, y, 128.0)
+    w = svm.linear_svm(wide, y, 128.0)
     assert ((wide @ w) * y > 0.9).all()  # all can be told apart, so at such a cost all are
 
 
 def test_accuracy_is_scikit_learns_and_cost_the_best_of_its_cross_validation(blobs):
     (x, label), (x_val, label_val) = blobs
     truth = [2 * torch.nn.functional.one_hot(t, 4) - 1 for t in (label, label_val)]
-    figures = classify.svm(x, truth[0], x_val, truth[1], single=True)
+    figures = svm.evaluate(x, truth[0], x_val, truth[1], single=True)
     svc = lambda cost: [LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, tol=1e-7, max_iter=10000)
                         for _ in range(4)]
     def accuracy(cost, fit, held, x_held, label_held):
@@ -158,7 +170,7 @@ def test_accuracy_is_scikit_learns_and_cost_the_best_of_its_cross_validation(blo
         return (np.argmax(scores, axis=0) == label_held[held].numpy()).mean()
     fold = np.arange(600) % 3
     crossed = {cost: np.mean([accuracy(cost, fold != f, fold == f, x, label) for f in range(3)])
-               for cost in classify.COSTS}
+               for cost in svm.COSTS}
     assert crossed[figures["cost"]] >= max(crossed.values()) - 0.004
     everything = np.ones(600, bool), np.ones(300, bool)
     assert figures["accuracy"] == pytest.approx(accuracy(figures["cost"], *everything, x_val, label_val), abs=0.007)
@@ -175,9 +187,9 @@ def test_average_precision_is_the_area_below_the_best_precision_at_a_recall_or_m
         points.append((hits / (truth == 1).sum(), hits / n))
     for recall in sorted({r for r, _ in points if r > 0}):
         area += max(p for r, p in points if r >= recall) / (truth == 1).sum()
-    ours = classify.average_precision(torch.from_numpy(scores), torch.from_numpy(truth))
+    ours = svm.average_precision(torch.from_numpy(scores), torch.from_numpy(truth))
     assert ours.item() == pytest.approx(area)
-    assert classify.average_precision(torch.rand(5, 1), -torch.ones(5, 1)).isnan().all()
+    assert svm.average_precision(torch.rand(5, 1), -torch.ones(5, 1)).isnan().all()
 
 
 def write_voc(folder):
@@ -274,7 +286,7 @@ def write_soco(path):
 
 def test_socos_pyramid_and_head_are_those_of_its_pre_training(tmp_path):
     path, online = write_soco(tmp_path / "last.pt")
-    network = classify.Network(settings(init=str(path), part="online", arch=None, size=48)).eval()
+    network = classify.BoxEncoder(settings(init=str(path), part="online", arch=None, size=48)).eval()
     view = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     boxes = [torch.tensor([[3., 4, 15, 14], [0, 0, 48, 40]]), torch.tensor([[5., 5, 44, 30]])]
     seen = {}
@@ -307,7 +319,7 @@ def test_objects_of_annotated_images_and_of_drawn_shapes_fill_a_table(tmp_path, 
     for part, count in (("train", 60), ("val", 40)):
         write_scenes(tmp_path / part, count, seed=len(part))
     flags = ["--train", *[tmp_path / "train" / x for x in ("images", "annotations.json")],
-             "--val", *[tmp_path / "val" / x for x in ("images", "annotations.json")]]
+             "--val", *[tmp_path / "val" / x for x in ("images", "annotations.json")], "--size", 96]
     monkeypatch.setattr(classify, "SHAPES", dict(size=48, unlabeled=64, train=150, val=100))
     for protocol in (flags, []):
         assert run(monkeypatch, "--init", path, "--protocol", "objects", *protocol, "--boxes", 300, "--out",
@@ -347,7 +359,7 @@ def everything(folder, out):
     import sys
     backbone, args = tiny_backbone(), settings()
     source = common.ImageFolder(Path(folder, "val"))
-    x, at = classify.pooled(backbone, source, 4, args, CPU)
+    x, at = classify.pooled_features(backbone, source, 4, args, CPU)
     logs = []
     for protocol in ("linear", "finetune"):
         sys.argv = [str(v) for v in ("classify.py", *TINY, "--data", folder, "--protocol", protocol, "--epochs", 1,
@@ -355,7 +367,7 @@ def everything(folder, out):
                                      "--print-every", 1, "--out", f"{out}/{protocol}{common.world_size()}")]
         args = classify.arguments()
         common.seed_everything(args.seed)
-        classify.classify_images(args, convert.backbone(args, common.SyncBatchNorm), CPU)
+        classify.train_classifier(args, CPU)
         common.barrier()
         logs.append([(row["step"], row.get("loss", row.get("top1")))
                      for row in rows(f"{out}/{protocol}{common.world_size()}")])
