@@ -143,7 +143,7 @@ def test_counterparts_are_the_same_spots_of_the_image():
 
 def test_lines_join_a_patch_with_its_match_green_where_it_is_right():
     views = [Image.new("RGB", (64, 64), "black")] * 2
-    sheet = look.linked(*views, torch.tensor([[10.0, 10.0], [10.0, 50.0]]), torch.tensor([[20.0, 30.0], [20.0, 50.0]]),
+    sheet = page.linked(*views, torch.tensor([[10.0, 10.0], [10.0, 50.0]]), torch.tensor([[20.0, 30.0], [20.0, 50.0]]),
                         torch.tensor([True, False]))
     assert sheet.getpixel((10, 10)) == sheet.getpixel((64 + 8 + 20, 30)) == (0, 224, 0)
     assert sheet.getpixel((10, 50)) == sheet.getpixel((40, 50)) == (255, 48, 48)
@@ -239,7 +239,7 @@ def test_curves_draw_the_values_of_the_logs_where_the_axes_say(tmp_path, monkeyp
 
 
 def test_views_are_as_large_as_in_training_or_twice_that_whatever_they_are_compared_with(runs, monkeypatch):
-    for times, inits, size in ((1, ["moco", "random"], 32), (2, ["random", "moco"], 64), (2, ["random"], 448)):
+    for times, inits, size in ((1, ["moco", "random"], 32), (2, ["random", "moco"], 64), (2, ["random0"], 448)):
         paths = [str(runs[init] / "last.pt") if init in runs else init for init in inits]
         args = argparse.Namespace(init=paths, part="online", arch="resnet18w0.25", seed=0, size=None, times=times)
         assert list(look.networks(args, "cpu")) == inits and args.size == size

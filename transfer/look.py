@@ -1,4 +1,4 @@
-"""The papers' pictures, of any checkpoints and any folder of images; without --data of the shapes that the demos draw.
+"""The papers' figures, from any checkpoints and any folder of images; without --data, from the demos' drawn shapes.
 
     python transfer/look.py attention --init runs/detco/last.pt runs/moco/last.pt   where c5 is active: DetCo Fig. 5, 6
     python transfer/look.py neighbors --init runs/detco/last.pt --data DIR          the nearest images: DetCo, Figure 7
@@ -8,13 +8,12 @@
     python transfer/look.py masks --data DIR --masks grid5 fh                        DetCon, Figure 3
     python transfer/look.py curves runs/moco runs/dupr --stats loss knn              what log.jsonl holds
 
-Each writes one picture, --out, the same for the same --seed. --init takes as many as there are to compare: a method's
-last.pt, torchvision's weights of a ResNet, or: random.
+Each command writes one picture, --out; the same --seed gives the same picture. --init takes one or more networks to
+compare: last.pt of a method, torchvision's weights of a ResNet, or the word random.
 """
 import argparse
 import math
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torchvision.ops import box_iou
 from torchvision.utils import draw_segmentation_masks
 
@@ -32,36 +31,39 @@ import detcon  # noqa: E402
 import dupr  # noqa: E402
 import soco  # noqa: E402
 from transfer import convert  # noqa: E402
-from transfer.page import SIDE, boxed, chart, lay, picture, table, titled  # noqa: E402
+from transfer.page import SIDE, boxed, chart, heated, lay, linked, picture, table, titled  # noqa: E402
 
-HEAT = ["#00007f", "#0040ff", "#00d0d0", "#ffe000", "#e00000"]                       # of attention, from 0 to 1
-# of masks
-COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]
+MASK_COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]
 
 
 # --- Networks and images ---------------------------------------------------------------------------------------------
 
 def networks(args, device):
-    """{name: backbone} of every --init. Fills in --size: of the largest views in training, or 224, or twice that."""
+    """{name: backbone} for each --init.
+
+    Fills in --size: `args.times` the largest view size that one of them was trained with, or 224 if none is known.
+    """
     found, sizes = {}, []
     for init in args.init:
         torch.manual_seed(args.seed)
-        choice = argparse.Namespace(init=init, part=args.part, arch=args.arch)
+        choice = argparse.Namespace(init=init, part=args.part, arch=args.arch, seed=args.seed)
         tensors, settings = convert.initial(choice)
         network = convert.build(choice.arch, tensors)
         name = Path(init).parent.name if Path(init).name == "last.pt" else Path(init).stem
         found[init if name in ("", *found) else name] = network.eval().to(device)
-        sizes += [settings["size"]] if "size" in settings else []
+        if "size" in settings:
+            sizes.append(settings["size"])
     args.size = args.size or args.times * max(sizes, default=224)
     return found
 
 
-def stage(network, views, number):
+def stage_output(network, views, stage):
     """c2, c3, c4 or c5 of uint8 views [N, 3, S, S], not augmented: [N, C, S/stride, S/stride]."""
-    return network(common.Photometric().to(views.device)(views), number - 1)[-1]
+    return network(common.Photometric().to(views.device)(views), stage - 1)[-1]
 
 
 def open_images(args, single=False):
+    """The images of --data, or drawn shapes. single: with one object each."""
     if args.data is None:
         return common.Shapes(args.shapes, args.size, args.seed, single).draw_all()
     if "truth" in (getattr(args, "proposals", None), *(getattr(args, "masks", None) or ())):
@@ -70,23 +72,19 @@ def open_images(args, single=False):
 
 
 def pick(args, source):
-    """Indices of --images random images, [n]."""
+    """The numbers of --images random images, [n]."""
     return np.random.default_rng((5, args.seed)).permutation(len(source))[:args.images]
 
 
-def load(args, source, view, images, device, draws=1):
-    """One batch: `view` of all images, `draws` times, each time with other random draws."""
-    items = [(draw, int(i)) for draw in range(draws) for i in images]
-    return next(iter(common.Loader(source, view, [items], 0, device, args.seed)))
+def load(args, source, view, images, device, collate=None):
+    """One batch: `view` of all `images`."""
+    batches = common.in_batches(images, len(images))
+    return next(iter(common.Loader(source, view, batches, 0, device, args.seed, collate)))
 
 
-def workers(args, device):
-    return common.cores() if device.type == "cuda" and args.data else 0  # on a CPU the network needs the cores
-
-
-def square(image, rng, size, middle=False):
-    """The whole image made square, as SoCo's V1, or its center crop, as for kNN."""
-    crop = common.center_crop(image.size) if middle else (0, 0, *image.size)
+def square_view(image, rng, size, center=False):
+    """The whole image made square, as SoCo's V1; or its center crop, as for kNN."""
+    crop = common.center_crop(image.size) if center else (0, 0, *image.size)
     return {"view": common.to_tensor(image.crop([crop], [size])[0])}
 
 
@@ -104,9 +102,9 @@ def open_proposals(args, source, device):
 # --- Attention (DetCo, Sec. 6.3.1) -----------------------------------------------------------------------------------
 
 def attention_maps(c, stride, size):
-    """[N, size, size] in [0, 1]: the mean of c [N, C, h, w] over channels, bilinearly enlarged to the view.
+    """[N, size, size] in [0, 1]: the mean of c [N, C, h, w] over its channels, bilinearly enlarged to the view.
 
-    A cell covers stride x stride pixels, as in RoIAlign; the last one may reach beyond the view.
+    A cell covers stride x stride pixels. The last one may reach beyond the view.
     """
     mean = c.float().mean(dim=1, keepdim=True)
     mean = mean - mean.amin(dim=(2, 3), keepdim=True)
@@ -114,29 +112,24 @@ def attention_maps(c, stride, size):
     return F.interpolate(maps, scale_factor=stride, mode="bilinear")[:, 0, :size, :size]
 
 
-def heated(image, heat):
-    """A picture with a heat map [S, S] in [0, 1] over it."""
-    heat = np.asarray(Image.fromarray(heat.cpu().numpy()).resize(image.size, Image.Resampling.BILINEAR))
-    inks = np.array([ImageColor.getrgb(ink) for ink in HEAT])
-    heat = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in inks.T], axis=2)
-    return Image.blend(image, Image.fromarray(heat.astype(np.uint8)), 0.5)
-
-
 def attention(args, device):
     nets = networks(args, device)
     source = open_images(args)
-    views = load(args, source, partial(square, size=args.size, middle=True), pick(args, source), device)["view"]
+    views = load(args, source, partial(square_view, size=args.size, center=True), pick(args, source), device)["view"]
     columns = {"image": [picture(x) for x in views]}
     for name, network in nets.items():
-        maps = attention_maps(stage(network, views, args.stage), 2 ** args.stage, args.size)
-        columns[f"{name}, c{args.stage}"] = [*map(heated, columns["image"], maps)]
+        maps = attention_maps(stage_output(network, views, args.stage), 2 ** args.stage, args.size)
+        columns[f"{name}, c{args.stage}"] = [heated(image, heat) for image, heat in zip(columns["image"], maps)]
     return table(columns)
 
 
 # --- Nearest neighbors (DetCo, Sec. 6.3.2) ---------------------------------------------------------------------------
 
 def nearest(rows, queries, k):
-    """The k rows of [N, C], L2-normalized, most similar to each of those in `queries`, itself left out: [Q, k]."""
+    """[Q, k]: the numbers of the rows most similar to each query, itself left out.
+
+    rows: [N, C], L2-normalized; queries: [Q], the numbers of rows.
+    """
     similarity = rows[queries] @ rows.T
     similarity[torch.arange(len(queries)), queries] = -2
     return similarity.topk(min(k, len(rows) - 1)).indices
@@ -150,41 +143,42 @@ def neighbors(args, device):
     queries = pick(args, source)
     classes = [os.path.dirname(source.name(i)) if args.data else i % len(common.SHAPE_CLASSES)
                for i in range(len(source))]
-
-    def block(query, name, near):
-        row = [query, *near]
-        views = load(args, source, partial(square, size=SIDE // 2, middle=True), row, device)["view"]
-        inks = ["#00a000" if classes[i] == classes[query] else "#d00000" for i in near] if len(set(classes)) > 1 else []
-        framed = zip(views, ["white", *inks] + ["white"] * len(row))
-        return titled(lay((ImageOps.expand(picture(x, SIDE // 2), 4, ink) for x, ink in framed), gap=0), name)
-
-    found = []
-    for network in nets.values():
-        batches = common.extract_features(network, source, range(len(source)), args.size, device,
-                                          workers(args, device), args.stage)
+    found = {}
+    for name, network in nets.items():
+        batches = common.extract_features(network, source, range(len(source)), args.size, device, args.workers,
+                                          args.stage)
         rows = torch.cat([rows for _, rows in batches])                                   # [N, C]
-        found.append(nearest(rows, torch.from_numpy(queries).to(device), args.k).tolist())
-    names = [f"{name}, c{args.stage}" for name in nets]
-    return lay((block(q, name, near[n]) for n, q in enumerate(queries) for name, near in zip(names, found)), down=True,
-               gap=2)
+        found[name] = nearest(rows, torch.from_numpy(queries).to(device), args.k).tolist()
+
+    def line(query, near):
+        """The query and its neighbors side by side, in frames that tell whether the class is the same."""
+        images = [query, *near]
+        views = load(args, source, partial(square_view, size=SIDE // 2, center=True), images, device)["view"]
+        colors = {True: "#00a000", False: "#d00000"} if len(set(classes)) > 1 else {}
+        inks = ["white", *(colors.get(classes[i] == classes[query], "white") for i in near)]
+        return lay([ImageOps.expand(picture(x, SIDE // 2), 4, ink) for x, ink in zip(views, inks)], gap=0)
+
+    lines = [titled(line(query, found[name][n]), f"{name}, c{args.stage}")
+             for n, query in enumerate(queries) for name in nets]
+    return lay(lines, down=True, gap=2)
 
 
 # --- Correspondence (DUPR, Sec. 4.6.2) -------------------------------------------------------------------------------
 
 def matches(q, k):
-    """[N, h*w]: for each patch of one view, row by row, the number of the most similar patch of the other.
+    """[N, h*w]: the number of the patch of view k that is most similar to each patch of view q, row by row.
 
     q, k: features [N, C, h, w].
     """
-    q, k = (F.normalize(x.float().flatten(2), dim=1) for x in (q, k))
-    return torch.einsum("ncp,ncr->npr", q, k).argmax(dim=2)
+    q, k = (F.normalize(x.float().flatten(2), dim=1) for x in (q, k))                     # [N, C, h*w]
+    return (q.mT @ k).argmax(dim=2)
 
 
 def counterparts(points, box_q, box_k, turned):
-    """(places in view k [N, P, 2], whether both views show them, bool [N, P]) of `points` [P, 2] of view q.
+    """(where view k shows the `points` [P, 2] of view q: [N, P, 2]; whether it shows them at all: bool [N, P]).
 
-    Places are in pixels. box_q, box_k: [N, 1, 4], what both show, in pixels of each; turned: [N], whether only one of
-    the views is mirrored.
+    A point is x and y in pixels. box_q, box_k: [N, 1, 4], the intersection in pixels of each view; turned: bool [N],
+    whether only one of the views is mirrored.
     """
     share = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])  # 0 to 1 across the intersection
     visible = ((share >= 0) & (share <= 1)).all(dim=2)
@@ -193,44 +187,41 @@ def counterparts(points, box_q, box_k, turned):
     return box_k[..., :2] + share * (box_k[..., 2:] - box_k[..., :2]), visible
 
 
-def linked(left, right, starts, ends, found):
-    """Two views with lines from `starts` in the left to `ends` in the right one, [n, 2] in pixels; green if `found`."""
-    sheet = lay([left, right])
-    pen, offset = ImageDraw.Draw(sheet), torch.tensor([sheet.width - right.width, 0])
-    for good, *line in sorted(zip(found.tolist(), starts.tolist(), (ends + offset).tolist())):
-        ink = "#00e000" if good else "#ff3030"
-        pen.line([tuple(point) for point in line], ink, 1 + good)
-        for x, y in line:
-            pen.ellipse([x - 3, y - 3, x + 3, y + 3], ink, "black")
-    return sheet
+def overlapping_views(image, rng, size, min_area):
+    """Two views as `dupr.two_views` draws them, the first of eight draws that share a quarter of each view.
+
+    If none shares so much, the draw that shares most.
+    """
+    def overlap(batch):
+        areas = [(batch[box][0, 2:] - batch[box][0, :2]).prod() / size ** 2 for box in ("box_q", "box_k")]
+        return batch["overlap"] * min(0.25, *areas)
+
+    return max((dupr.two_views(image, rng, size, min_area) for _ in range(8)), key=overlap)
 
 
 def patches(args, device):
     nets = networks(args, device)
     source, stride = open_images(args), 2 ** args.stage
-    images = pick(args, source)
-    batch = load(args, source, partial(dupr.two_views, size=args.size, min_area=args.min_area), images, device, draws=8)
-    areas = [(batch[box][:, 0, 2:] - batch[box][:, 0, :2]).prod(dim=1) / args.size ** 2 for box in ("box_q", "box_k")]
-    overlap = (torch.minimum(*areas) * batch["overlap"]).view(8, -1)
-    draw = overlap.clamp(max=0.25).argmax(dim=0)  # the first that shares a quarter
-    batch = {name: x[draw * len(images) + torch.arange(len(images), device=device)] for name, x in batch.items()}
+    view = partial(overlapping_views, size=args.size, min_area=args.min_area)
+    batch = load(args, source, view, pick(args, source), device)
+    turned = batch["flip_q"] ^ batch["flip_k"]
     common.seed_everything(args.seed)
-    views = [(common.denormalize(dupr.color_augmentation().to(device)(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
+    colors = dupr.color_augmentation().to(device)
+    views = [(common.denormalize(colors(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
+    grid = torch.arange(-(-args.size // stride), device=device)                           # patches along a side
+    points = (torch.cartesian_prod(grid, grid).flip(1) + 0.5) * stride                    # centers, x and y: [P, 2]
+    truth, shared = counterparts(points, batch["box_q"], batch["box_k"], turned)
+    shared &= batch["overlap"][:, None]                                                   # [N, P]
+    every = -(-len(grid) // 8)
+    some = grid % every == every // 2
+    drawn = shared & (some[:, None] & some).flatten()                                     # at most 8 x 8 lines a pair
     columns, scale = {}, SIDE / args.size
     for name, network in nets.items():
-        c_q, c_k = (stage(network, x, args.stage) for x in views)
-        grid = torch.arange(c_q.shape[-1], device=device)
-        points = (torch.cartesian_prod(grid, grid).flip(1) + 0.5) * stride                # centers, x and y: [P, 2]
-        places = points[matches(c_q, c_k)]                                                # [N, P, 2]
-        truth, shared = counterparts(points, batch["box_q"], batch["box_k"], batch["flip_q"] ^ batch["flip_k"])
-        shared &= batch["overlap"][:, None]
-        found = ((places - truth).abs().amax(dim=2) <= stride) & shared                   # at most one patch off
-        every = -(-len(grid) // 8)                                                        # so many can be told apart
-        some = grid % every == every // 2
-        drawn = shared & (some[:, None] & some).flatten()
+        matched = points[matches(*(stage_output(network, x, args.stage) for x in views))]  # [N, P, 2]
+        found = ((matched - truth).abs().amax(dim=2) <= stride) & shared                  # at most one patch off
         column = []
-        for left, right, place, lines, good in zip(*views, places, drawn, found):
-            starts, ends = (points[lines] * scale).cpu(), (place[lines] * scale).cpu()
+        for left, right, ends, good, lines in zip(*views, matched, found, drawn):
+            starts, ends = (points[lines] * scale).cpu(), (ends[lines] * scale).cpu()
             column.append(linked(picture(left), picture(right), starts, ends, good[lines]))
         share = found.sum() / shared.sum().clamp(min=1)
         columns[f"{name}, c{args.stage}: {share:.0%} of shared patches found"] = column
@@ -240,7 +231,7 @@ def patches(args, device):
 # --- IoU and similarity (DUPR, Sec. 4.6.1) ---------------------------------------------------------------------------
 
 def rois_near(box, size, n, rng):
-    """(boxes [n, 4] in a view of `size`, their IoU with `box` [n]): IoUs rise from 0 to 1 as evenly as they can."""
+    """(boxes [n, 4] in a view of `size`, their IoU with `box` [n]), chosen so that IoUs rise evenly from 0 to 1."""
     reach = rng.uniform(0, 1, (4000, 1))
     center, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     center = center + reach * rng.normal(0, 0.7, (4000, 2)) * side
@@ -254,17 +245,20 @@ def rois_near(box, size, n, rng):
 
 
 def object_and_rois(image, rng, proposals, size, n=20):
-    """The image made square; one of its boxes and n RoIs near it [1 + n, 4], in its pixels; and their IoU [n]."""
+    """view: the image made square; boxes: [1 + n, 4] in its pixels, an object and n RoIs near it; iou: theirs, [n]."""
     boxes = np.asarray(proposals(image, rng), float)
     frame = np.array([0, 0, *image.size], float)
     box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else frame, frame, size).clip(0, size)
     rois, iou = rois_near(box, size, n, rng)
-    return {**square(image, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(),
+    return {**square_view(image, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(),
             "iou": torch.from_numpy(iou)}
 
 
 def similarity(c, boxes, stride):
-    """Eq. 9 [N, n]: of features [N, C, h, w] in boxes [N, 1 + n, 4], the object first. S is 14, the paper's for c4."""
+    """[N, n]: how similar n RoIs are to an object (Eq. 9), from features [N, C, h, w] and boxes [N, 1 + n, 4].
+
+    The object's box comes first. S is 14, the paper's for c4.
+    """
     pooled = F.normalize(common.roi_align(c, boxes, 14, stride), dim=1)
     pooled = pooled.unflatten(0, boxes.shape[:2])                                         # [N, 1 + n, C, S, S]
     return (pooled[:, :1] * pooled[:, 1:]).sum(dim=2).mean(dim=(2, 3))
@@ -276,51 +270,54 @@ def iou(args, device):
     view = partial(object_and_rois, proposals=open_proposals(args, source, device), size=args.size)
     images, rows, first = pick(args, source), [], None
     batches = common.in_batches(images, 16)
-    for batch in common.Loader(source, view, batches, workers(args, device), device, args.seed):
-        cs = [stage(network, batch["view"], args.stage) for network in nets.values()]
-        sims = [similarity(c, batch["boxes"], 2 ** args.stage) for c in cs]
-        rows.append(torch.stack([batch["iou"].float(), *sims], dim=2))                    # [N, 20, 1 + nets]
+    for batch in common.Loader(source, view, batches, args.workers, device, args.seed):
+        stages = [stage_output(network, batch["view"], args.stage) for network in nets.values()]
+        values = [similarity(c, batch["boxes"], 2 ** args.stage) for c in stages]
+        rows.append(torch.stack([batch["iou"].float(), *values], dim=2))                  # [N, 20, 1 + networks]
         first = first or batch
-    points = torch.cat(rows).flatten(0, 1).cpu()                                          # [images * 20, 1 + nets]
+    points = torch.cat(rows).flatten(0, 1).cpu()                                          # [images * 20, 1 + networks]
     group = (points[:, 0] * 19).round()
     ious, *similarities = torch.stack([points[group == k].mean(dim=0) for k in group.unique()]).T.tolist()
     lines = {name: (ious, values) for name, values in zip(nets, similarities)}
-    examples = [titled(boxed(picture(first["view"][0]), first["boxes"][0, [k + 1, 0]] * (SIDE / args.size),
-                             ["#60b0ff", "red"]),
-                       f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}") for k in (6, 11, 16)]
+    examples = []
+    for k in (6, 11, 16):
+        boxes = first["boxes"][0, [k + 1, 0]] * (SIDE / args.size)
+        example = boxed(picture(first["view"][0]), boxes, ["#60b0ff", "red"])
+        examples.append(titled(example, f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}"))
     title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(images)} images"
     return lay([chart(title, lines, "IoU"), *examples])
 
 
 # --- Proposals and views (SoCo, Figures 2, 3) ------------------------------------------------------------------------
 
-def proposed(image, rng, proposals, sizes, num_proposals):
-    """The image made square; ten of its proposals [10, 4] in its pixels, filled up with zeros; and SoCo's views."""
-    boxes = np.asarray(proposals(image, rng), float)
-    some = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), sizes[0]).clip(0, sizes[0])
-    ten = torch.from_numpy(np.pad(some, ((0, 10 - len(some)), (0, 0))))
+def proposals_and_views(image, rng, proposals, sizes, num_proposals):
+    """view: the image made square; ten: ten of its proposals [10, 4], or zeros if there are fewer; and SoCo's views."""
+    boxes, size = np.asarray(proposals(image, rng), float), sizes[0]
+    ten = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), size).clip(0, size)
+    ten = np.pad(ten, ((0, 10 - len(ten)), (0, 0)))
     views = soco.object_views(image, rng, lambda *_: boxes, sizes, num_proposals, jitter_p=soco.PAPER["jitter"])
-    return {**square(image, rng, sizes[0]), "ten": ten, **views}
+    return {**square_view(image, rng, size), "ten": torch.from_numpy(ten), **views}
 
 
 def proposals(args, device):
     source, size = open_images(args), args.size
-    boxes_of, sizes = open_proposals(args, source, device), [size, size, size // 2, size * 6 // 7][:args.views]
-    view = partial(proposed, proposals=boxes_of, sizes=sizes, num_proposals=args.num_proposals)
-    batch, inks = load(args, source, view, pick(args, source), device), soco.COLORS * args.num_proposals
-    columns = {"proposals": [boxed(picture(x), ten[ten[:, 2] > 0] * (SIDE / size), inks + soco.COLORS)
+    scale, sizes = SIDE / size, [size, size, size // 2, size * 6 // 7][:args.views]  # SoCo's 224, 224, 112, 192
+    boxes_of = open_proposals(args, source, device)
+    view = partial(proposals_and_views, proposals=boxes_of, sizes=sizes, num_proposals=args.num_proposals)
+    batch, inks = load(args, source, view, pick(args, source), device), soco.COLORS * max(2, args.num_proposals)
+    columns = {"proposals": [boxed(picture(x), ten[ten[:, 2] > 0] * scale, inks)
                              for x, ten in zip(batch["view"], batch["ten"])]}
     common.seed_everything(args.seed)
     for i, side in enumerate(sizes, start=1):
         views = common.denormalize(soco.color_augmentation(i, size).to(device)(batch[f"view{i}"]))
         boxes = batch[f"boxes{i}"]
-        levels = [[f"P{2 + level}" for level in row] for row in soco.assign_levels(boxes, size)]
-        columns[f"V{i}"] = [boxed(picture(x, SIDE * side // size), b * (SIDE / size), inks, labels)
-                            for x, b, labels in zip((views * 255).byte(), boxes, levels)]
+        labels = [[f"P{2 + level}" for level in row] for row in soco.assign_levels(boxes, size)]
+        columns[f"V{i}"] = [boxed(picture(x, SIDE * side // size), own * scale, inks, words)
+                            for x, own, words in zip((views * 255).byte(), boxes, labels)]
     if args.data is None or not isinstance(boxes_of, soco.Proposals):
         return table(columns)
-    extent = (boxes_of.boxes[:, 2:] - boxes_of.boxes[:, :2]).astype(float)
-    figure_3 = {"proposals an image": np.diff(boxes_of.offsets), "sqrt(wh) of a proposal": np.sqrt(extent.prod(axis=1))}
+    sides = (boxes_of.boxes[:, 2:] - boxes_of.boxes[:, :2]).astype(float)
+    figure_3 = {"proposals an image": np.diff(boxes_of.offsets), "sqrt(wh) of a proposal": np.sqrt(sides.prod(axis=1))}
     charts = []
     for name, values in figure_3.items():
         share, edges = np.histogram(values, 20, weights=np.full(len(values), 1 / len(values)))
@@ -330,12 +327,12 @@ def proposals(args, device):
 
 # --- Masks (DetCon, Figure 3) ----------------------------------------------------------------------------------------
 
-def open_masks(kind, args, source):
-    """masks(image) as in detcon.py, of gridN, fh, truth or a folder; makes no files."""
+def open_masks(kind, source):
+    """masks(image) as in detcon.py, but fh segments the image at once and makes no file."""
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
         return lambda image: detcon.felzenszwalb(image, detcon.PAPER["fh_scale"])
-    if not re.fullmatch(r"grid([1-9]|1[0-6])|truth", kind) and not Path(kind).is_dir():
+    if kind not in ("truth", *(f"grid{n}" for n in range(1, 17))) and not Path(kind).is_dir():
         common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
     return detcon.open_masks(argparse.Namespace(masks=kind), source, None)[0]
 
@@ -343,23 +340,25 @@ def open_masks(kind, args, source):
 def masks(args, device):
     source = open_images(args)
     kinds = args.masks or ["grid5", "fh"] + ["truth"] * (args.data is None)
-    made = {kind: open_masks(kind, args, source) for kind in kinds}
+    masks_of = {kind: open_masks(kind, source) for kind in kinds}
 
     def view(image, rng):
-        batch = square(image, rng, SIDE)
-        for kind, masks_of in made.items():
-            x = detcon.crop_labels(masks_of(image), (0, 0, *image.size), image.size, SIDE)
-            x = x if x.ndim == 2 else x[..., 0]                                           # the first scale of three
-            members = [x >> k & 1 > 0 for k in range(16)] if x.dtype == np.uint16 else [x == k for k in range(256)]
-            batch[kind] = torch.from_numpy(np.stack(members))
+        batch = square_view(image, rng, SIDE)
+        for kind in kinds:
+            labels = detcon.crop_labels(masks_of[kind](image), (0, 0, *image.size), image.size, SIDE)
+            if labels.dtype == np.uint16:
+                members = [labels >> k & 1 > 0 for k in range(16)]
+            else:
+                labels = labels if labels.ndim == 2 else labels[..., 0]                   # the first scale of several
+                members = [labels == k for k in np.unique(labels)]
+            batch[kind] = torch.from_numpy(np.stack(members))                             # [masks, S, S]
         return batch
 
-    batch = {name: x.cpu() for name, x in load(args, source, view, pick(args, source), device).items()}
+    batch = load(args, source, view, pick(args, source), torch.device("cpu"), common.collate_lists)
     columns = {"image": [picture(x) for x in batch["view"]]}
-    for kind in made:
-        present = [mask[mask.flatten(1).any(dim=1)] for mask in batch[kind]]
-        columns[kind] = [picture(draw_segmentation_masks(x, mask, 0.6, COLORS[:len(mask)]))
-                         for x, mask in zip(batch["view"], present)]
+    for kind in kinds:
+        columns[kind] = [picture(draw_segmentation_masks(x, members, 0.6, MASK_COLORS[:len(members)]))
+                         for x, members in zip(batch["view"], batch[kind])]
     return table(columns)
 
 
@@ -374,28 +373,29 @@ def curves(args, device):
     held = sorted({stat for rows in logs.values() for row in rows for stat in row} - {"epoch", "step"})
     charts = []
     for stat in args.stats or [stat for stat in ("loss", "accuracy", "knn") if stat in held] or held:
-        number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
-        points = {name: [(row["step"], row[stat]) for row in rows if number(row.get(stat))] for name,
-                  rows in logs.items()}
-        if not any(points.values()):
+        lines = {}
+        for name, rows in logs.items():
+            points = [(row["step"], row[stat]) for row in rows if isinstance(row.get(stat), (int, float))]
+            points = [(step, value) for step, value in points if math.isfinite(value)]
+            if points:
+                lines[name] = tuple(zip(*points))
+        if not lines:
             common.fail(f"--stats {stat}: not in the logs, which have {', '.join(held)}")
-        charts.append(chart(stat, {name: tuple(zip(*line)) for name, line in points.items() if line}, "step"))
-    return lay((lay(charts[k:k + 3]) for k in range(0, len(charts), 3)), down=True)
+        charts.append(chart(stat, lines, "step"))
+    return lay([lay(charts[k:k + 3]) for k in range(0, len(charts), 3)], down=True)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        common.fail(f"{message} (see --help)")
-
-
 def arguments():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: common.fail(f"{message} (see --help)")
     commands, count = parser.add_subparsers(required=True, metavar="PICTURE"), common.bounded(int, 1)
 
-    def command(draw, text, images=4, looks=None, aliases=(), **settings):
+    def command(draw, text, images=4, stage=None, aliases=(), **settings):
+        """Add a command and return its add_argument. stage: the default of --stage, if the command needs networks."""
         own = commands.add_parser(draw.__name__, aliases=aliases, help=text, description=text)
+        own.error = parser.error
         own.set_defaults(draw=draw, **settings)
         add = own.add_argument
         add("--out", default=f"{draw.__name__}.png", help="the picture, .png or .jpg (default: %(default)s)")
@@ -403,37 +403,37 @@ def arguments():
             add("--data", metavar="DIR", help="images; DIR/train if there (default: drawn shapes)")
             add("--images", type=count, default=images, help="how many, drawn at random (default: %(default)s)")
             add("--seed", type=common.bounded(int, 0), default=0, help="of every random draw (default: 0)")
-        if looks:
+        if stage:
             add("--init", nargs="+", required=True, metavar="WHAT", help="files of weights, as classify.py's; random")
             add("--part", choices=convert.PARTS, default="online", help="which network (default: online)")
             add("--arch", help="of random (default: resnet50)")
-            add("--stage", type=int, choices=[2, 3, 4, 5], default=looks, help="c2 to c5 (default: %(default)s)")
+            add("--stage", type=int, choices=[2, 3, 4, 5], default=stage, help="c2 to c5 (default: %(default)s)")
             add("--size", type=common.bounded(int, 32),
-                help=f"of a view (default: {settings['times']} x that in training)")
+                help=f"side of a view in pixels (default: {settings['times']} x that in training)")
         return add
 
-    command(attention, "where a stage is active: the mean of its channels", looks=5, times=2, shapes=64)
-    add = command(neighbors, "the images with the most similar features; green: same folder", looks=5, times=1,
+    command(attention, "where a stage is active: the mean of its channels", stage=5, times=2, shapes=64)
+    add = command(neighbors, "the images with the most similar features; green: same folder", stage=5, times=1,
                   shapes=1200, aliases=["neighbours"])
     add("-k", type=count, default=9, help="neighbors of each (default: 9)")
-    add = command(patches, "for a patch of a view the most similar of another; green: same place", looks=4, times=2,
+    add = command(patches, "for each patch of a view the most similar of another; green: same place", stage=4, times=2,
                   shapes=64)
     add("--min-area", type=common.bounded(float, 1e-3, 1), default=0.2,
         help="least share of the image in a view (default: 0.2)")
-    add = command(iou, "how similar an object and RoIs near it are, by their IoU", images=1000, looks=4, times=1,
-                  shapes=1000,
-                  otherwise="random")
+    add = command(iou, "how similar an object and RoIs near it are, by their IoU", images=1000, stage=4, times=1,
+                  shapes=1000, otherwise="random")
     add("--proposals", metavar="FILE.npz|search|random", help="the objects (default: random; shapes: their own boxes)")
     add = command(proposals, "proposals, and SoCo's views with the same boxes and their levels", shapes=64,
                   otherwise="search")
     add("--proposals", metavar="FILE.npz|search|random",
-        help="as soco.py's; of a file also number and sizes (default: search)")
-    add("--views", type=int, choices=[2, 3, 4], default=3, help="(default: 3)")
+        help="as soco.py's; a file's number and sizes are drawn too (default: search; shapes: their own boxes)")
+    add("--views", type=int, choices=[2, 3, 4], default=3, help="how many (default: 3)")
     add("--num-proposals", type=count, default=4, help="boxes of a view (default: 4)")
     add("--size", type=common.bounded(int, 32), default=SIDE, help="side of V1 in pixels (default: %(default)s)")
     add = command(masks, "DetCon's masks", shapes=64, size=SIDE)
-    add("--masks", nargs="+", metavar="gridN|fh|DIR", help="as detcon.py's, a column each (default: grid5 fh)")
-    add = command(curves, "what log.jsonl holds, a chart a stat", images=0)
+    add("--masks", nargs="+", metavar="gridN|fh|DIR",
+        help="as detcon.py's, a column each (default: grid5 fh; shapes: their own masks too)")
+    add = command(curves, "what log.jsonl holds, one chart for each stat", images=0)
     add("logs", nargs="+", metavar="LOG", help="log.jsonl, or the folder of a run")
     add("--stats", nargs="+", help="which (default: loss, accuracy and knn)")
     return parser.parse_args()
@@ -444,6 +444,7 @@ def main():
     device, args = common.init_distributed(), arguments()
     if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in Image.registered_extensions():
         common.fail(f"--out {args.out}: it must be a picture, such as .png or .jpg, in a folder that exists")
+    args.workers = common.cores() if device.type == "cuda" and getattr(args, "data", None) else 0
     sheet = args.draw(args, device)
     try:
         sheet.save(args.out, optimize=True, quality=90)

@@ -2,21 +2,23 @@
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 SIDE = 256  # of a picture on the page, in pixels
-CHART, FRAME = (520, 350), (64, 58, 504, 304)  # of a chart; of its axes, xyxy in it
-# Of lines and bars; the color-blind can tell them apart.
+CHART, FRAME = (520, 350), (64, 58, 504, 304)  # the size of a chart, and where its axes lie in it, xyxy
+HEAT = ["#00007f", "#0040ff", "#00d0d0", "#ffe000", "#e00000"]  # the colors of a heat map, from 0 to 1
+# The colors of lines and bars, which the color-blind can tell apart.
 INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 
 
 def picture(x, side=SIDE):
-    """uint8 [3, S, S] -> PIL, side x side."""
+    """The PIL image of a uint8 [3, S, S], side x side pixels."""
     return Image.fromarray(x.permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def lay(pictures, down=False, gap=8):
-    """Pictures side by side, or with `down` below each other, on white."""
+    """One picture of many on white: side by side, or with `down` below each other, `gap` pixels apart."""
     pictures = list(pictures)
     ends = np.cumsum([p.size[down] + gap for p in pictures])
     across = max(p.size[not down] for p in pictures)
@@ -28,19 +30,20 @@ def lay(pictures, down=False, gap=8):
 
 
 def titled(image, title):
+    """A picture below its title."""
     sheet = ImageOps.expand(image, (0, 26, 0, 0), "white")
     ImageDraw.Draw(sheet).text((0, 4), title, "black", ImageFont.load_default(16))
     return sheet
 
 
 def table(columns):
-    """{title: pictures from top to bottom} -> one picture."""
+    """One picture of the columns {title: pictures from top to bottom}."""
     rows = list(zip(*columns.values()))
     return lay([lay(map(titled, rows[0], columns)), *map(lay, rows[1:])], down=True)
 
 
 def boxed(image, boxes, colors, labels=()):
-    """A picture with boxes [n, 4], in its pixels, and their labels."""
+    """The picture with boxes [n, 4], xyxy in its pixels, and their labels drawn into it."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for box, color in zip(boxes.tolist(), colors):
         pen.rectangle([*map(round, box)], outline=color, width=3)
@@ -49,6 +52,29 @@ def boxed(image, boxes, colors, labels=()):
         pen.rectangle([place[0] - 3, place[1] - 2, place[2] + 2, place[3] + 2], fill=color)
         pen.text((x + 4, y + 3), label, "black", font)
     return image
+
+
+def heated(image, heat):
+    """The picture under a heat map [S, S] of values in [0, 1]."""
+    heat = np.asarray(Image.fromarray(heat.cpu().numpy()).resize(image.size, Image.Resampling.BILINEAR))
+    inks = np.array([ImageColor.getrgb(ink) for ink in HEAT])
+    heat = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in inks.T], axis=2)
+    return Image.blend(image, Image.fromarray(heat.astype(np.uint8)), 0.5)
+
+
+def linked(left, right, starts, ends, found):
+    """Two pictures with lines from `starts` in the left one to `ends` in the right one.
+
+    starts, ends: [n, 2], x and y in pixels of each picture; found: bool [n], which lines are green. The others are red.
+    """
+    sheet = lay([left, right])
+    pen, offset = ImageDraw.Draw(sheet), torch.tensor([sheet.width - right.width, 0])
+    for good, *line in sorted(zip(found.tolist(), starts.tolist(), (ends + offset).tolist())):  # the green ones on top
+        ink = "#00e000" if good else "#ff3030"
+        pen.line([tuple(point) for point in line], ink, 1 + good)
+        for x, y in line:
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], ink, "black")
+    return sheet
 
 
 def ticks(values):
