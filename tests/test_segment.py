@@ -163,7 +163,7 @@ def test_cityscapes_ids_become_the_19_training_ids(tmp_path):
             pixels = np.arange(36, dtype=np.uint8).reshape(6, 6)
             Image.fromarray(np.stack([pixels] * 3, -1) if part == "leftImg8bit"
                             else pixels).save(tmp_path / part / split / "ulm" / f"{name}.png")
-    assert segment.layout(tmp_path) == ("cityscapes", 19)
+    assert segment.data_layout(tmp_path) == ("cityscapes", 19)
     source = segment.LabelMapFolder(tmp_path, "train", 19)
     label = source.label(source.image(0)).flatten().tolist()
     # road, sidewalk, building, person, car and bicycle; pole's group, caravan and trailer do not count

@@ -1,13 +1,15 @@
-"""Semantic segmentation from a checkpoint: the FCN-16s of MoCo A.5, on VOC, Cityscapes or any images with label maps.
+"""Fine-tunes a checkpoint for semantic segmentation: MoCo's FCN-16s (A.5) on VOC, Cityscapes or your own label maps.
 
     python transfer/segment.py --init runs/moco/last.pt --data VOCdevkit/VOC2012             21 classes, 30k iterations
     python transfer/segment.py --init runs/moco/last.pt --data cityscapes                    19 classes, 90k iterations
     python transfer/segment.py --init random --data DIR --classes 20 --epochs 50             your own
     torchrun --nproc_per_node=8 transfer/segment.py ...                               as the paper: 16 images a step
 
-Your own: DIR/train/images and DIR/val/images, beside them train/labels and val/labels with a PNG of the same name for
-each image, its pixels the classes from 0, or 255 where nothing is to be learned. Writes last.pt, log.jsonl with mIoU,
-views.png (the first batch) and predictions.png (image, truth and prediction) to --out; the same command again resumes.
+Your own images are in DIR/train/images and DIR/val/images. For each there is a PNG of the same name in train/labels or
+val/labels, whose pixels are the classes, from 0, or 255 if they are to be ignored.
+
+Writes last.pt, log.jsonl with mIoU, views.png (the first batch) and predictions.png (images, truths and predictions) to
+--out. The same command again resumes.
 """
 import contextlib
 import math
@@ -31,50 +33,53 @@ from transfer import coco, convert  # noqa: E402
 DEFAULTS = dict(batch_size=16, lr=0.003, size=513, weight_decay=1e-4, drops=[0.7, 0.9], iterations=30_000,
                 print_every=50)
 CITYSCAPES = dict(lr=0.01, size=769, iterations=90_000)
-IGNORE = 255
-# Cityscapes' 34 labels -> the 19 that count; its files *_labelTrainIds.png have these already.
+IGNORE = 255  # the label of pixels that are neither learned nor evaluated
+# From Cityscapes' 34 labels to the 19 that are evaluated. Its files *_labelTrainIds.png have these already.
 TRAIN_IDS = np.full(256, IGNORE, np.uint8)
 TRAIN_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
-GRAY = tuple(round(255 * x) for x in common.MEAN)                # 0 once normalized
+GRAY = tuple(round(255 * x) for x in common.MEAN)  # what the normalization makes 0
 
 
 # --- Images and their label maps -------------------------------------------------------------------------------------
 
 class BadLabel(Exception):
-    """A label map that does not belong to its image or to these classes."""
+    """A label map that does not fit its image or the number of classes."""
 
 
-def layout(root):
-    """(the layout of --data: voc, cityscapes or plain; its number of classes or None)."""
+def data_layout(root):
+    """(the layout of --data: "voc", "cityscapes" or "plain"; its number of classes, or None if it has no fixed one)."""
     if Path(root, "SegmentationClass").is_dir():
         return "voc", 21
     return ("cityscapes", 19) if Path(root, "leftImg8bit").is_dir() else ("plain", None)
 
 
 class LabelMapFolder(common.ImageFolder):
-    """The images of a split, train or val, and their label maps. Exits with 2 if an image has none."""
+    """The images of a split, "train" or "val", and their label maps. Exits with 2 if a label map is missing."""
 
     def __init__(self, root, split, classes):
-        self.layout, self.classes = layout(root)[0], classes
+        self.layout, self.classes = data_layout(root)[0], classes
         if self.layout == "voc":
-            plain, more = (Path(root, "ImageSets", "Segmentation", f"{name}.txt") for name in (split, "train_aug"))
-            chosen = more if split == "train" and more.exists() else plain
-            augmented = Path(root, "SegmentationClassAug")       # where the labels of train_aug usually lie
+            lists = Path(root, "ImageSets", "Segmentation")
+            augmented = split == "train" and Path(lists, "train_aug.txt").exists()  # the paper's 10582 images
+            chosen = Path(lists, "train_aug.txt" if augmented else f"{split}.txt")
             super().__init__(Path(root, "JPEGImages"))
             try:
                 names = [f"{name}.jpg".encode() for name in sorted(chosen.read_text().split())]
             except OSError as error:
                 common.fail(f"{chosen}: {error.strerror}")
             coco.keep_images(self, names, chosen)
-            self.maps = augmented if chosen == more and augmented.is_dir() else Path(root, "SegmentationClass")
+            self.maps = Path(root, "SegmentationClassAug")  # where the label maps of train_aug usually lie
+            if not (augmented and self.maps.is_dir()):
+                self.maps = Path(root, "SegmentationClass")
         elif self.layout == "cityscapes":
             super().__init__(Path(root, "leftImg8bit", split))
             self.maps = Path(root, "gtFine", split)
         else:
             super().__init__(Path(root, split, "images"))
             self.maps = Path(root, split, "labels")
-        self.ids = False
-        self.ids = self.layout == "cityscapes" and not self.path(0).exists()   # _labelIds, not _labelTrainIds
+        self.suffix = "TrainIds"
+        if self.layout == "cityscapes" and not self.path(0).exists():
+            self.suffix = "Ids"
         there = {os.path.join(folder, name) for folder, _, files in os.walk(self.maps, followlinks=True)
                  for name in files}
         missing = [str(self.path(i)) for i in range(len(self)) if str(self.path(i)) not in there]
@@ -82,14 +87,14 @@ class LabelMapFolder(common.ImageFolder):
             common.fail(f"{len(missing)} of {len(self)} images have no label map: {missing[0]} is missing")
 
     def path(self, i):
-        """The label map of image i."""
+        """The file of image i's label map."""
         stem = os.path.splitext(self.name(i))[0]
         if self.layout == "cityscapes":
-            stem = f"{stem.removesuffix('_leftImg8bit')}_gtFine_label{'Ids' if self.ids else 'TrainIds'}"
+            stem = f"{stem.removesuffix('_leftImg8bit')}_gtFine_label{self.suffix}"
         return self.maps / f"{stem}.png"
 
     def label(self, image):
-        """The label map of an image, uint8 [H, W]."""
+        """The label map of an image, uint8 [H, W]. Raises BadLabel."""
         path = self.path(image.index)
         try:
             with common.decoding():
@@ -99,12 +104,12 @@ class LabelMapFolder(common.ImageFolder):
         if label.shape != image.size[::-1]:
             raise BadLabel(f"{path} is {' x '.join(map(str, label.shape))}, rows by columns, and must be one gray or "
                            f"palette channel of {image.size[1]} x {image.size[0]} like its image")
-        if self.ids:
+        if self.suffix == "Ids":
             label = TRAIN_IDS[label]
         wrong = label[(label >= self.classes) & (label != IGNORE)]
         if wrong.size:
             raise BadLabel(f"{path} holds the label {wrong.min()}: with {self.classes} classes "
-                           f"take 0 to {self.classes - 1}, and {IGNORE} for what is to be ignored")
+                           f"take 0 to {self.classes - 1}, and {IGNORE} for pixels to ignore")
         return label.astype(np.uint8)
 
     def fingerprint(self):
@@ -112,29 +117,30 @@ class LabelMapFolder(common.ImageFolder):
 
 
 def random_crop(image, rng, size, source):
-    """A training view (A.5): scaled by 0.5 to 2, a random size x size crop of that, mirrored half of the time.
+    """A training view (A.5): a random crop of the image scaled by 0.5 to 2, mirrored half of the time.
 
-    image: uint8 [3, size, size]; label: uint8 [size, size]. What lies beyond the image is gray and ignored.
+    Returns image: uint8 [3, size, size], and label: uint8 [size, size]. Beyond the image they are gray and ignored.
     """
     label = Image.fromarray(source.label(image))
     scale = rng.uniform(0.5, 2.0)
-    low, high, extent = [], [], []                                            # of the crop, along x and y
+    start, end, extent = [], [], []                                           # of the crop, along x and y
     for full in image.size:
         scaled = max(1, round(full * scale))
         part = min(scaled, size)
         corner = int(rng.integers(scaled - part + 1))
         ratio = full / scaled                                                 # back to pixels of the image
-        low, high = low + [corner * ratio], high + [min((corner + part) * ratio, full)]
+        start.append(corner * ratio)
+        end.append(min((corner + part) * ratio, full))
         extent.append(part)
     view, view_label = Image.new("RGB", (size, size), GRAY), Image.new("L", (size, size), IGNORE)
-    view.paste(image.decode().resize(extent, Image.Resampling.BILINEAR, low + high))
-    view_label.paste(label.resize(extent, Image.Resampling.NEAREST, low + high))
+    view.paste(image.decode().resize(extent, Image.Resampling.BILINEAR, start + end))
+    view_label.paste(label.resize(extent, Image.Resampling.NEAREST, start + end))
     views = {"image": common.to_tensor(view), "label": torch.from_numpy(np.array(view_label))}
     return {name: x.flip(-1) for name, x in views.items()} if rng.random() < 0.5 else views
 
 
-def entire(image, rng, source):
-    """A test image uint8 [3, H, W] and its label map uint8 [H, W] as they are; shown: which image it is."""
+def whole_image(image, rng, source):
+    """image: a test image as it is, uint8 [3, H, W]; label: its label map, uint8 [H, W]; shown: its number."""
     return {"image": common.to_tensor(image.decode()), "label": torch.from_numpy(source.label(image)),
             "shown": image.index}
 
@@ -142,7 +148,7 @@ def entire(image, rng, source):
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 def dilate(backbone):
-    """Give stage 5 stride 16 instead of 32: its 3x3 convolutions get dilation 2 and stride 1 (A.5). Weights stay."""
+    """Give c5 stride 16 instead of 32 (A.5): the 3x3 convolutions of its stage get dilation 2 and stride 1."""
     for module in backbone.layer4.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
@@ -151,7 +157,7 @@ def dilate(backbone):
 
 
 class FCN(nn.Module):
-    """FCN-16s (MoCo A.5): dilated backbone, two 3x3 convolutions of 256 channels and dilation 6, a 1x1 convolution."""
+    """FCN-16s (A.5): a dilated backbone, two 3x3 convolutions of 256 channels and dilation 6, and a 1x1 convolution."""
 
     def __init__(self, backbone, classes):
         super().__init__()
@@ -164,9 +170,8 @@ class FCN(nn.Module):
     def forward(self, image):
         """[N, 3, H, W] uint8 -> scores of every pixel [N, classes, H, W], float32."""
         height, width = image.shape[2:]
-        # Feature (i, j) is centered on pixel (16 i, 16 j). In an image of 16 n + 1 pixels, as 513 and 769 are, n + 1
-        # features reach
-        # from the first pixel to the last, and corners aligned means that every score stands where it belongs.
+        # Feature (i, j) is centered on pixel (16 i, 16 j). In an image of 16 n + 1 pixels, such as 513 or 769, n + 1
+        # features reach from the first pixel to the last. With aligned corners every score lies where it belongs.
         x = F.pad(self.normalize(image), (0, (1 - width) % 16, 0, (1 - height) % 16))
         scores = self.head(self.backbone(x)[-1])                                  # [N, classes, 1 + H/16, 1 + W/16]
         scores = F.interpolate(scores.float(), x.shape[2:], mode="bilinear", align_corners=True)
@@ -174,7 +179,8 @@ class FCN(nn.Module):
 
 
 def pixel_loss(scores, label):
-    """The mean cross-entropy over all pixels of all processes that are not ignored, once DDP has averaged it.
+    """The cross-entropy of this process's pixels, without the ignored ones. Averaged by DDP over the processes, it is
+    the mean over all their pixels.
 
     scores: [N, classes, H, W]; label: [N, H, W] uint8.
     """
@@ -188,37 +194,37 @@ def pixel_loss(scores, label):
 # --- Intersection over union -----------------------------------------------------------------------------------------
 
 def confusion(prediction, label, classes):
-    """How many pixels of class i (row) were taken for class j (column): [classes, classes], less the ignored ones."""
+    """[classes, classes]: how many pixels of class i (row) were predicted as class j (column). Skips ignored pixels."""
     place = torch.where(label == IGNORE, classes ** 2, label.long() * classes + prediction).flatten()
     counts = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=place.device)
     return counts.scatter_add_(0, place, torch.ones_like(place))[:-1].view(classes, classes)
 
 
 def iou(counts):
-    """Intersection over union of each class, from a confusion matrix; nan if a class is neither there nor predicted."""
+    """[classes]: each class's IoU, from a confusion matrix; nan for a class that is neither there nor predicted."""
     hits = counts.diagonal().double()
     return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
 
 
 @torch.no_grad()
 def evaluate(model, source, args, device):
-    """{"mIoU", "pixel_accuracy"} in [0, 1], of whole images at their own size; mIoU over the classes that occur."""
+    """{"mIoU", "pixel_accuracy"} in [0, 1] of whole images at their own size. mIoU is over the classes that occur."""
     model.eval()
     torch.backends.cudnn.benchmark = False  # images have many sizes
-    counts, shown = torch.zeros(args.classes, args.classes, dtype=torch.long, device=device), []
-    own_share, view = range(common.rank(), len(source), common.world_size()), partial(entire, source=source)
+    counts, examples = torch.zeros(args.classes, args.classes, dtype=torch.long, device=device), []
+    own_share, view = range(common.rank(), len(source), common.world_size()), partial(whole_image, source=source)
 
     def predict(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             return model(batch["image"]).argmax(dim=1)
 
     for batch, prediction in common.map_images(predict, source, view, own_share, 1, device, args.workers):
-        if batch["shown"] == batch["index"]:  # not what stands in for an undecodable one
+        if batch["shown"] == batch["index"]:  # no other image stands in for it
             counts += confusion(prediction, batch["label"], args.classes)
-        if len(shown) < 8 and common.rank() == 0:
+        if len(examples) < 8 and common.rank() == 0:
             pictures = batch["image"] / 255, paint(batch["label"]), paint(prediction)
-            shown.append([F.interpolate(x, (256, 256)) for x in pictures])
-    common.save_views(Path(args.out, "predictions.png"), *map(torch.cat, zip(*shown)))
+            examples.append([F.interpolate(x, (256, 256)) for x in pictures])
+    common.save_views(Path(args.out, "predictions.png"), *map(torch.cat, zip(*examples)))
     if common.world_size() > 1:
         dist.all_reduce(counts)
     torch.backends.cudnn.benchmark = True
@@ -227,7 +233,7 @@ def evaluate(model, source, args, device):
 
 
 def paint(label):
-    """Label maps [N, H, W] as pictures [N, 3, H, W] in [0, 1]: a color a class, black for 0, white if ignored."""
+    """[N, 3, H, W] in [0, 1]: label maps [N, H, W] in colors, one for each class; 0 is black, and ignored is white."""
     turns = label[:, None].float() * 0.618 + torch.tensor([0, 1 / 3, 2 / 3], device=label.device).view(3, 1, 1)
     colors = (0.55 + 0.45 * torch.cos(2 * math.pi * turns)) * (label != 0)[:, None]
     return torch.where((label == IGNORE)[:, None], 1.0, colors)
@@ -243,18 +249,18 @@ def arguments():
     add("--data", metavar="DIR", required=True,
         help="VOC2012, cityscapes, or train/ and val/ with images/ and labels/ in each")
     add("--classes", type=common.bounded(int, 2, 255),
-        help="how many the label maps tell apart (default: 21 of VOC, 19 of Cityscapes)")
+        help="the number of classes in the label maps (default: 21 of VOC, 19 of Cityscapes)")
     add("--size", type=common.bounded(int, 33),
-        help="side of a crop in training, best 16 n + 1 pixels; 769 on Cityscapes")
-    add("--iterations", type=count, help="steps of the whole run, if no --epochs are given; 90000 on Cityscapes")
+        help="side of a training crop in pixels, best 16 n + 1; 769 on Cityscapes")
+    add("--iterations", type=count, help="steps of the whole run, unless --epochs is given; 90000 on Cityscapes")
     add("--weight-decay", type=common.bounded(float, 0), help="of all parameters")
     add("--drops", type=common.bounded(float, 0, 1), nargs="+",
         help="when the learning rate falls to a tenth, in shares of the run")
-    add("--eval-every", type=count, help="epochs between mIoUs (default: at the end alone)")
-    args = parser.parse(lambda args: CITYSCAPES if layout(args.data)[0] == "cityscapes" else {})
-    args.classes = args.classes or layout(args.data)[1]
+    add("--eval-every", type=count, help="epochs between evaluations (default: one at the end)")
+    args = parser.parse(lambda args: CITYSCAPES if data_layout(args.data)[0] == "cityscapes" else {})
+    args.classes = args.classes or data_layout(args.data)[1]
     if args.classes is None:
-        common.fail(f"say how many --classes the label maps of {args.data} tell apart")
+        common.fail(f"give --classes, the number of classes in the label maps of {args.data}")
     return args
 
 
@@ -262,15 +268,15 @@ def train():
     device = common.init_distributed()
     args = arguments()
     source, val = (LabelMapFolder(args.data, split, args.classes) for split in ("train", "val"))
-    for i in range(common.rank(), len(val), common.world_size()):  # a wrong map is an error now, not after the training
+    for i in range(common.rank(), len(val), common.world_size()):  # a bad label map is an error now, not after training
         with contextlib.suppress(common.Unreadable):
             val.label(val.image(i))
     steps = max(1, len(source) // args.batch_size)
     args.iterations = args.epochs * steps if args.epochs else args.iterations
     args.epochs = math.ceil(args.iterations / steps)
     common.seed_everything(args.seed)
-    model = FCN(convert.backbone(args, common.SyncBatchNorm),
-                args.classes).to(device, memory_format=torch.channels_last).train()
+    model = FCN(convert.backbone(args, common.SyncBatchNorm), args.classes)
+    model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = common.Run(args, source, "segment", model, optimizer)
     run.total, run.last = args.iterations, min(args.iterations, args.max_steps or args.iterations)
@@ -305,7 +311,7 @@ def train():
 def main():
     try:
         train()
-    except BadLabel as error:  # from a worker with its whole traceback before it
+    except BadLabel as error:  # a loader worker puts its traceback before the message
         common.fail(str(error).splitlines()[-1].rpartition("BadLabel: ")[2], everywhere=True)
 
 
