@@ -234,35 +234,35 @@ def records(count):
 @pytest.mark.parametrize("percent, count", [(1, 10), (2, 20), (5, 50), (10, 100), (100, 1000)])
 def test_a_draw_has_the_right_number_of_images_each_with_its_annotations(percent, count):
     images = records(1000)
-    drawn = train_net.draw(images, percent, seed=0)
+    drawn = train_net.sample(images, percent, seed=0)
     assert len(drawn) == count == len({image["image_id"] for image in drawn})
     assert all(image in images for image in drawn)
     assert all(annotation["of"] == image["image_id"] for image in drawn for annotation in image["annotations"])
 
 
 def test_the_share_is_rounded():
-    assert [len(train_net.draw(records(n), 1, 0)) for n in (149, 151)] == [1, 2]
+    assert [len(train_net.sample(records(n), 1, 0)) for n in (149, 151)] == [1, 2]
 
 
 def test_a_draw_is_the_same_again_and_in_whatever_order_the_images_come():
     images = records(1000)
-    first, shuffled = train_net.draw(images, 5, 0), random.Random(1).sample(images, len(images))
-    assert train_net.draw(images, 5, 0) == first
+    first, shuffled = train_net.sample(images, 5, 0), random.Random(1).sample(images, len(images))
+    assert train_net.sample(images, 5, 0) == first
     ids = lambda drawn: {image["image_id"] for image in drawn}
-    assert ids(train_net.draw(shuffled, 5, 0)) == ids(first)
+    assert ids(train_net.sample(shuffled, 5, 0)) == ids(first)
     by_hash = sorted((image["image_id"] for image in images),
                      key=lambda i: hashlib.sha256(f"0 {i}".encode()).hexdigest())
     assert ids(first) == set(by_hash[:50])                                  # so on every machine
 
 
 def test_another_seed_draws_other_images_and_a_smaller_share_lies_in_a_larger_one():
-    ids = lambda percent, seed: {image["image_id"] for image in train_net.draw(records(1000), percent, seed)}
+    ids = lambda percent, seed: {image["image_id"] for image in train_net.sample(records(1000), percent, seed)}
     assert len(ids(10, 0) & ids(10, 1)) < 30                                # 10 by chance
     assert ids(1, 0) < ids(2, 0) < ids(5, 0) < ids(10, 0)
 
 
 def test_a_draw_favors_no_part_of_the_data():
-    places = [(image["image_id"] - 3) // 7 for image in train_net.draw(records(4000), 25, 0)]
+    places = [(image["image_id"] - 3) // 7 for image in train_net.sample(records(4000), 25, 0)]
     quarters = [sum(1000 * k <= place < 1000 * (k + 1) for place in places) for k in range(4)]
     assert all(190 < count < 310 for count in quarters)                     # 250 each, sd 14
 

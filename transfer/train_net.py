@@ -1,12 +1,13 @@
-"""Fine-tune a Detectron2 detector as the papers do.
+"""Fine-tunes a Detectron2 detector as the papers do.
 
     python transfer/train_net.py --config-file transfer/configs/soco-fpn-1x.yaml --num-gpus 8 MODEL.WEIGHTS soco.pkl
 
-The weights come from transfer/convert.py; README.md beside this file says which configuration is which table. What
-Detectron2's own keys can say is in the configurations. Here is what they cannot: BN after stage 5 in a C4 detector,
-FCOS from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), an evaluator for
-each data set. Writes to OUTPUT_DIR; the same command with --resume goes on, with --eval-only it evaluates
-MODEL.WEIGHTS.
+The weights come from transfer/convert.py. README.md beside this file says which configuration belongs to which table.
+What Detectron2's own keys can say is in the configurations. This file has what they cannot: BN after stage 5 in a C4
+detector, FCOS from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), and an
+evaluator for each data set.
+
+Writes to OUTPUT_DIR. The same command with --resume goes on; with --eval-only it evaluates MODEL.WEIGHTS.
 """
 import hashlib
 import re
@@ -37,44 +38,44 @@ try:
 except ImportError as error:
     if __name__ == "__main__":
         common.fail(f"Detectron2 cannot be imported ({error}): see its INSTALL.md")
-    DefaultTrainer = Res5ROIHeads = object  # the tests import the rest of this file without it
+    DefaultTrainer = Res5ROIHeads = object  # the tests import this file without Detectron2
 
 
 # --- A share of COCO -------------------------------------------------------------------------------------------------
 
 def parse_subset(name):
-    """("coco_2017_train", 5, 3), the whole, the percentage and the seed, of `coco_2017_train_5percent_seed3`.
+    """(name of the whole data set, percentage, seed): ("coco_2017_train", 5, 3) of `coco_2017_train_5percent_seed3`.
 
-    Without `_seed3` the seed is 0. None for the name of a whole data set.
+    Without `_seed3` the seed is 0. Returns None for the name of a whole data set.
     """
     match = re.fullmatch(r"(.+)_(\d+)percent(?:_seed(\d+))?", name)
     return match and (match[1], int(match[2]), int(match[3] or 0))
 
 
-def draw(records, percent, seed):
-    """The records whose (seed, image_id) hashes lowest: that percentage of them, rounded, in their order.
+def sample(records, percent, seed):
+    """The given percentage of the records, in their order: those with the lowest hash of (seed, image_id).
 
-    records: dicts with an `image_id`, one an image with its annotations. A hash does not change with a library's
-    version: every machine draws the same images, in whatever order they come, and the 1 % are among the 2 %.
+    records: dicts with an `image_id`, one for each image. Every machine samples the same images, because a hash depends
+    neither on their order nor on a library's version. The 1 % are among the 2 %.
     """
-    rank = lambda record: hashlib.sha256(f"{seed} {record['image_id']}".encode()).digest()
+    digest = lambda record: hashlib.sha256(f"{seed} {record['image_id']}".encode()).digest()
     count = round(len(records) * percent / 100)
-    drawn = {record["image_id"] for record in sorted(records, key=rank)[:count]}
-    return [record for record in records if record["image_id"] in drawn]
+    sampled = {record["image_id"] for record in sorted(records, key=digest)[:count]}
+    return [record for record in records if record["image_id"] in sampled]
 
 
 def register_subset(name):
-    """Make Detectron2 know the data set of this name, if `parse_subset` knows it and Detectron2 does not."""
+    """Register the data set of this name with Detectron2, if it is a subset that Detectron2 does not know yet."""
     if name in DatasetCatalog.list() or not parse_subset(name):
         return
     whole, percent, seed = parse_subset(name)
-    DatasetCatalog.register(name, lambda: draw(DatasetCatalog.get(whole), percent, seed))
+    DatasetCatalog.register(name, lambda: sample(DatasetCatalog.get(whole), percent, seed))
     metadata = MetadataCatalog.get(whole).as_dict()
     MetadataCatalog.get(name).set(**{key: value for key, value in metadata.items() if key != "name"})
 
 
 def check_data(cfg):
-    """Exit with 2 if files of a data set are missing."""
+    """Exit with 2 if the files of a data set are missing."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         for kind in ("json_file", "image_root", "dirname", "image_dir", "gt_dir"):
@@ -84,17 +85,20 @@ def check_data(cfg):
 
 
 def mend_evaluators():
-    """Put back names that packages which read or evaluate a data set use, and that newer libraries have dropped."""
-    # lvis 0.5.3 uses np.float, gone since NumPy 1.24; cityscapesscripts 2.3.0 np.in1d, gone since NumPy 2.4.
+    """Put back names that newer libraries have dropped and that the packages of some data sets still use."""
+    # lvis 0.5.3 uses np.float, which NumPy 1.24 dropped; cityscapesscripts 2.3.0 uses np.in1d, which NumPy 2.4 dropped.
     for name, instead in {"float": float, "in1d": np.isin}.items():
         if name not in np.__dict__:
             setattr(np, name, instead)
-    # cityscapesscripts writes counts as JSON, which NumPy's integers are not: what they are since NumPy 2.4.
+    # cityscapesscripts writes counts as JSON, which takes no NumPy integer: NumPy 2.4 made counts such integers.
     if isinstance(np.count_nonzero(np.ones(1)), np.integer):
         count = np.count_nonzero
-        plain = lambda x, axis: int(x) if axis is None else x
-        np.count_nonzero = lambda x, axis=None, **options: plain(count(x, axis, **options), axis)
-    # Detectron2 of 2025 and 2026 imports cityscapesscripts by the place that it has at Meta.
+
+        def count_nonzero(x, axis=None, **options):
+            counts = count(x, axis, **options)
+            return int(counts) if axis is None else counts
+        np.count_nonzero = count_nonzero
+    # Detectron2 of 2025 and 2026 imports cityscapesscripts from the place that it has at Meta.
     try:
         import cityscapesscripts
     except ImportError:
@@ -108,9 +112,9 @@ def mend_evaluators():
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 def check_weights(cfg):
-    """Exit with 2 if MODEL.WEIGHTS has SoCo's box head and the configuration another.
+    """Exit with 2 if MODEL.WEIGHTS has SoCo's box head and the configuration has a head of two linear layers.
 
-    SoCo's linear layer would fit into that one, without the convolutions before it.
+    SoCo's linear layer would fit into that head, but without the convolutions before it.
     """
     path = Path(cfg.MODEL.WEIGHTS)
     plain_head = cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads" and cfg.MODEL.ROI_BOX_HEAD.NUM_CONV == 0
@@ -121,18 +125,21 @@ def check_weights(cfg):
 
 @contextmanager
 def filling(model, weights):
-    """Context in which weights are loaded. Exits with 2 if the backbone stays as before: unknown names are ignored."""
+    """Context in which weights are loaded. Exits with 2 if they do not change the backbone.
+
+    Detectron2 itself only warns of names that it does not know.
+    """
     tensors = {name: x for name, x in model.state_dict().items() if "backbone" in name and x.ndim == 4}
     before = {name: x.clone() for name, x in tensors.items()}
     yield
     if weights and all(torch.equal(before[name], x) for name, x in tensors.items()):
-        common.fail(f"{weights} has nothing for the backbone: write what it has as a .pkl with transfer/convert.py")
+        common.fail(f"{weights} has nothing for the backbone: convert it to a .pkl with transfer/convert.py")
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 class Res5NormROIHeads(Res5ROIHeads):
-    """The C4 detector's head with another BN after stage 5 (MoCo A.1), which is new: no checkpoint has it."""
+    """The C4 detector's head with a BN after stage 5 (MoCo A.1). It is new: no checkpoint has it."""
 
     @classmethod
     def _build_res5_block(cls, cfg):
@@ -142,14 +149,14 @@ class Res5NormROIHeads(Res5ROIHeads):
 
 
 def build_fcos_resnet_fpn_backbone(cfg, input_shape):
-    """FCOS's pyramid: RetinaNet's, but with P6 made from P5 instead of c5."""
+    """FCOS's pyramid. It differs from RetinaNet's in that P6 is made from P5, not from c5."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(build_resnet_backbone(cfg, input_shape), cfg.MODEL.FPN.IN_FEATURES, channels, norm=cfg.MODEL.FPN.NORM,
                top_block=LastLevelP6P7(channels, channels, in_feature="p5"), fuse_type=cfg.MODEL.FPN.FUSE_TYPE)
 
 
 def FCOSFromConfig(cfg):
-    """Detectron2's FCOS, which it offers without a YAML configuration; the settings are read from MODEL.RETINANET."""
+    """Detectron2's FCOS, with the settings in MODEL.RETINANET: it has no YAML keys of its own."""
     from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead  # since Detectron2 0.6
     settings, channels = cfg.MODEL.RETINANET, cfg.MODEL.FPN.OUT_CHANNELS
     head = FCOSHead(input_shape=[ShapeSpec(channels=channels)] * len(settings.IN_FEATURES),
@@ -166,6 +173,8 @@ def FCOSFromConfig(cfg):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 class Trainer(DefaultTrainer):
+    """Detectron2's trainer with DetCon's crops, if the configuration asks for them, and an evaluator for each data set.
+    """
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -189,8 +198,8 @@ class Trainer(DefaultTrainer):
 
 
 def trainer_for(config_file, cfg):
-    """The class that trains a configuration; adds to cfg the keys that it needs beyond Detectron2's own."""
-    cfg.INPUT.SCALE_JITTER = []  # ours: the range of the longer side, in units of INPUT.MAX_SIZE_TRAIN
+    """The class that trains a configuration. Adds to cfg the keys that Detectron2 does not have."""
+    cfg.INPUT.SCALE_JITTER = []  # the range of the longer side, relative to INPUT.MAX_SIZE_TRAIN
     if not Path(config_file).name.startswith("densepose"):
         return Trainer
     try:
@@ -234,6 +243,6 @@ if __name__ == "__main__":
     if not Path(arguments.config_file).is_file():
         common.fail(f"--config-file {arguments.config_file or '(none given)'} is not a file; "
                     "take one of transfer/configs")
-    trainer_for(arguments.config_file, get_cfg())  # what is missing is said here, once, not by every process
+    trainer_for(arguments.config_file, get_cfg())  # a missing package is reported once, not by every process
     launch(main, arguments.num_gpus, num_machines=arguments.num_machines, machine_rank=arguments.machine_rank,
            dist_url=arguments.dist_url, args=(arguments,))
