@@ -1,4 +1,4 @@
-"""Images with COCO annotations: targets for a detector, objects for a probe, and COCO's average precision."""
+"""Images with COCO annotations: a detector's targets, the boxes of the object probe, and COCO's average precision."""
 import contextlib
 import json
 import os
@@ -26,12 +26,12 @@ def keep_images(folder, names, what):
 
 
 class CocoFolder(common.ImageFolder):
-    """The images of a COCO annotation file; with `training` only those that show an object to learn, crowds aside.
+    """The images of a COCO annotation file and their objects, crowds left out.
 
-    needs: what an object must have beside its box, "segmentation" or "keypoints"; objects without keypoints are not
-    learned. `.classes`: {category id: name}; `.keypoints`: names of the keypoints; `.ids`: COCO's image ids. Exits with
-    2 if the file holds no COCO annotations. They are kept as text in one buffer: Python objects would grow with each
-    loader worker.
+    training: only images that show an object; needs: "segmentation" or "keypoints", if objects must have them.
+    `.classes`: {category id: name}; `.keypoints`: the names of the keypoints; `.ids`: COCO's image ids. Exits with 2 if
+    the file has no COCO annotations or an object has no segmentation. Objects without a visible keypoint are left out.
+    The annotations are kept as text in one buffer, since Python objects would be copied into every loader worker.
     """
 
     def __init__(self, folder, path, training, needs=None):
@@ -52,9 +52,10 @@ class CocoFolder(common.ImageFolder):
                 x, y, w, h = map(float, annotation["bbox"])
                 visible = needs != "keypoints" or any((annotation.get(needs) or [])[2::3])
                 if not annotation.get("iscrowd") and w > 0 and h > 0 and visible:
-                    objects[annotation["image_id"]].append({"category_id": annotation["category_id"],
-                                                            "bbox": [x, y, w, h],
-                                                      **({needs: annotation[needs]} if needs else {})})
+                    kept = {"category_id": annotation["category_id"], "bbox": [x, y, w, h]}
+                    if needs:
+                        kept[needs] = annotation[needs]
+                    objects[annotation["image_id"]].append(kept)
             images = [image for image in dataset["images"] if objects[image["id"]] or not training]
             names = [os.fsencode(os.path.normpath(image["file_name"])) for image in images]
             texts = [json.dumps([image.get("width"), image.get("height"), objects[image["id"]]]).encode()
@@ -68,7 +69,7 @@ class CocoFolder(common.ImageFolder):
         self.annotations, self.annotation_ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
 
     def annotation(self, i):
-        """[width, height, objects] of image i, as in the file."""
+        """[width, height, objects] of image i. The sizes are None if the file does not give them."""
         return json.loads(self.annotations[self.annotation_ends[i]:self.annotation_ends[i + 1]])
 
     def image(self, i):
@@ -79,7 +80,7 @@ class CocoFolder(common.ImageFolder):
         return image
 
     def objects(self, i):
-        """(boxes [n, 4] xyxy in pixels of image i, classes [n], as places in `.classes`)."""
+        """(boxes [n, 4] xyxy in pixels of image i, classes [n]: 0 for the first of `.classes`, ...)."""
         objects, order = self.annotation(i)[2], list(self.classes)
         boxes = np.array([annotation["bbox"] for annotation in objects], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]                                                      # x, y, w, h -> x1, y1, x2, y2
@@ -91,10 +92,10 @@ class CocoFolder(common.ImageFolder):
 
 
 def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=False):
-    """An image and torchvision's targets, mirrored half of the time if `flip`.
+    """An image and the targets that torchvision's detectors expect, mirrored half of the time if `flip`.
 
-    image: uint8 [3, H, W]; boxes: [n, 4] xyxy in its pixels; labels: [n], from 1, since 0 is the background; if asked
-    for, masks: [n, H, W], and keypoints: [n, K, 3] (x, y, visible). shown: which image it is.
+    Returns image: uint8 [3, H, W]; boxes: [n, 4] xyxy in its pixels; labels: [n], from 1, since 0 is the background; if
+    asked for, masks: uint8 [n, H, W], and keypoints: [n, K, 3] (x, y, visible); shown: the number of the image.
     """
     (boxes, classes), objects = source.objects(image.index), source.annotation(image.index)[2]
     boxes = boxes.clip(0, np.tile(np.float32(image.size), 2))
@@ -108,14 +109,14 @@ def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=Fal
         if keypoints:
             points = [objects[i]["keypoints"] for i in kept]
             batch["keypoints"] = torch.tensor(points, dtype=torch.float32).view(-1, len(source.keypoints), 3)
-            batch["keypoints"][..., :2] += 0.5  # COCO counts pixels, ours are places: the middles of those pixels
+            batch["keypoints"][..., :2] += 0.5  # from COCO's pixel numbers to the centers of the pixels
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise common.Unreadable(f"its annotations cannot be drawn: {error}") from error
     return mirrored(batch, source.keypoints) if flip and rng.random() < 0.5 else batch
 
 
 def mirrored(batch, names):
-    """`image_and_targets` mirrored; keypoints named left_... and right_... change places."""
+    """An image and its targets mirrored. Keypoints whose names differ in left and right change places."""
     width = batch["image"].shape[-1]
     batch |= {name: batch[name].flip(-1) for name in ("image", "masks") if name in batch}
     x1, y1, x2, y2 = batch["boxes"].unbind(dim=1)
@@ -131,7 +132,7 @@ def mirrored(batch, names):
 # --- Average precision -----------------------------------------------------------------------------------------------
 
 def ground_truth(path, source):
-    """pycocotools' COCO of the annotations at `path`, gaps filled in, with images numbered as in `source`."""
+    """pycocotools' COCO of the annotations at `path`. Images are numbered as in `source`, missing entries filled in."""
     from pycocotools.coco import COCO
     dataset, number = json.loads(Path(path).read_text()), {image: i for i, image in enumerate(source.ids)}
     images, annotations = [], []
@@ -156,7 +157,10 @@ def ground_truth(path, source):
 
 
 def detections(output, image, classes):
-    """Rows of COCO's result format from torchvision's detections in one image: in its pixels, boxes x, y, w, h."""
+    """The rows of COCO's result format for torchvision's detections in one image. Boxes are x, y, w, h in its pixels.
+
+    output: what the detector returned; image: its number in `ground_truth`; classes: the category ids, in their order.
+    """
     from pycocotools import mask as rle
     output = {name: x.float().cpu().numpy() for name, x in output.items()}
     output["boxes"][:, 2:] -= output["boxes"][:, :2]
@@ -171,9 +175,9 @@ def detections(output, image, classes):
 
 
 def average_precision(truth, rows, kinds):
-    """{"AP": in percent, "AP50", "AP75", "mask_AP", ...} of `rows`, in COCO's result format, by pycocotools.
+    """{"AP", "AP50", "AP75", "mask_AP", ...} in percent, by pycocotools.
 
-    truth: of `ground_truth`; kinds: bbox, segm, keypoints.
+    truth: the COCO of `ground_truth`; rows: detections in COCO's result format; kinds: of bbox, segm and keypoints.
     """
     from pycocotools.cocoeval import COCOeval
     figures = {}
@@ -183,8 +187,8 @@ def average_precision(truth, rows, kinds):
             with contextlib.redirect_stdout(None):
                 evaluation = COCOeval(truth, truth.loadRes([dict(row) for row in rows]), kind)
                 points = len(rows[0].get("keypoints", ())) // 3
+                # The default is for the 17 keypoints of a person; a moderate tolerance serves any others.
                 if kind == "keypoints" and points != len(evaluation.params.kpt_oks_sigmas):
-                    # COCO's are those of a person's 17 keypoints
                     evaluation.params.kpt_oks_sigmas = np.full(points, 0.05)
                 evaluation.evaluate()
                 evaluation.accumulate()

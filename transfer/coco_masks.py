@@ -1,12 +1,11 @@
-"""COCO annotations as masks for detcon.py (the paper's Sec. 4.4 pre-trains on human masks), or as label maps for
-segment.py.
+"""Turns COCO annotations into masks for detcon.py (its Sec. 4.4 has human masks), or into label maps for segment.py.
 
     python transfer/coco_masks.py instances_train2017.json train2017 masks
     python detcon.py --data train2017 --masks masks
     python transfer/coco_masks.py --labels annotations.json DIR/train/images DIR/train/labels
 
-For every image of the folder a 16-bit PNG with a mask a bit: the 16 largest objects. With --labels an 8-bit PNG, whose
-pixels are 0 for the ground and k for the k-th category by id, small objects above large ones. Crowds are left out.
+Writes a 16-bit PNG for every image of the folder, with one bit for each of the 16 largest objects. With --labels it is
+an 8-bit PNG: 0 is the ground, k the k-th category by id, and small objects lie above large ones. Crowds are left out.
 """
 import argparse
 import json
@@ -21,9 +20,13 @@ import common  # noqa: E402
 
 
 def decode(segmentation, size):
-    """A mask [H, W] bool of COCO's polygons, in an image of (width, height), or of run lengths, plain or packed."""
+    """A mask, bool [H, W], from what COCO calls a segmentation: polygons, run lengths, or packed run lengths.
+
+    size: (width, height) of the image.
+    """
     if isinstance(segmentation, list):
-        return np.any([np.zeros(size[::-1], bool), *(inside(polygon, size) for polygon in segmentation)], axis=0)
+        empty = np.zeros(size[::-1], bool)
+        return np.any([empty, *(inside(polygon, size) for polygon in segmentation)], axis=0)
     counts = segmentation["counts"]
     counts = unpack(counts) if isinstance(counts, str) else counts
     values = np.arange(len(counts)) % 2 == 1                                # runs of outside, inside, outside, ...
@@ -31,38 +34,40 @@ def decode(segmentation, size):
 
 
 def inside(polygon, size):
-    """[H, W] bool: the pixels whose centers lie in a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
+    """Bool [H, W]: which pixels have their center in a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
     x, y = np.reshape(polygon, (-1, 2)).T.astype(float)
-    dx, dy, center = np.roll(x, -1) - x, np.roll(y, -1) - y, np.arange(size[1]) + 0.5
+    dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y                         # the edges
+    center = np.arange(size[1]) + 0.5                                       # y of each row of pixels
     edge, row = np.nonzero((y[:, None] <= center) != ((y + dy)[:, None] <= center))  # which edge crosses which row
-    cross = x[edge] + (center[row] - y[edge]) / dy[edge] * dx[edge]
-    turns = np.zeros((size[1], size[0] + 1), int)
-    np.add.at(turns, (row, np.ceil(cross - 0.5).clip(0, size[0]).astype(int)), 1)          # from here on in, or out
-    return turns.cumsum(axis=1)[:, :-1] % 2 == 1
+    cross = x[edge] + (center[row] - y[edge]) / dy[edge] * dx[edge]         # x of the crossing
+    first = np.ceil(cross - 0.5).clip(0, size[0]).astype(int)               # the first pixel with its center behind it
+    crossings = np.zeros((size[1], size[0] + 1), int)
+    np.add.at(crossings, (row, first), 1)
+    return crossings.cumsum(axis=1)[:, :-1] % 2 == 1
 
 
 def unpack(text):
-    """The counts in COCO's packed run lengths: 5 bits a character, lowest first.
-
-    From the fourth on, a number is the difference to the count two before.
+    """The counts in COCO's packed run lengths: 5 bits in a character, the lowest first, and one that says whether more
+    follow. From the fourth number on, each is the difference from the count two before.
     """
-    counts, place = [], 0
-    while place < len(text):
-        value, shift, more = 0, 0, True
-        while more:
-            byte = ord(text[place]) - 48
-            value |= (byte & 31) << shift
-            more, shift, place = byte & 32, shift + 5, place + 1
-        if byte & 16:                                                       # negative
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:                                                       # more follow
+            continue
+        if bits & 16:                                                       # negative
             value -= 1 << shift
         counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value, shift = 0, 0
     return counts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", action="store_true", help="label maps instead of masks")
-    parser.add_argument("annotations", help="COCO instances, JSON")
+    parser.add_argument("annotations", help="JSON file of COCO instances")
     parser.add_argument("images", help="the folder of the images")
     parser.add_argument("masks", help="the folder to write to")
     parser.error = lambda message: common.fail(f"{message} (see --help)")

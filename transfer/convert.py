@@ -1,15 +1,15 @@
-"""From weights to a detector: last.pt of any method, or what others released, in Detectron2's or torchvision's names.
+"""Converts weights, last.pt of any method or what others released, to the names of Detectron2 or torchvision.
 
     python transfer/convert.py runs/soco/last.pt soco.pkl                    Detectron2: MODEL.WEIGHTS soco.pkl
     python transfer/convert.py runs/soco/last.pt soco.pth                 torchvision's Faster, Mask and Keypoint R-CNN
     python transfer/convert.py runs/soco/last.pt soco.pth --to torchvision-p3    its RetinaNet and FCOS
     python transfer/convert.py runs/moco/last.pt moco.pth --to resnet        torchvision.models.resnet50 and the like
-    python transfer/convert.py ckpt_epoch_400.pth soco.pkl                   as SoCo's, MoCo's, DetCo's authors gave it
+    python transfer/convert.py ckpt_epoch_400.pth soco.pkl                   a file of SoCo's, MoCo's or DetCo's authors
     python transfer/convert.py soco.pkl soco.pth                             from Detectron2's names to torchvision's
 
-Every file gives its backbone; SoCo with FPN also the pyramid and the box head (four convolutions, one linear layer: use
-configs/soco-*.yaml, or torchvision's fasterrcnn_resnet50_fpn_v2). Load the files of torchvision's names with
-`load_state_dict(torch.load(FILE), strict=False)`: only the detector's new layers are missing.
+Every file gives its backbone. SoCo with FPN also gives the pyramid and the box head, which has four convolutions and
+one linear layer: use configs/soco-*.yaml, or torchvision's fasterrcnn_resnet50_fpn_v2. Load a file with torchvision's
+names by `load_state_dict(torch.load(FILE), strict=False)`: only the detector's new layers are missing.
 """
 import argparse
 import pickle
@@ -27,44 +27,48 @@ PARTS = ("online", "query", "target", "key")
 
 
 def read(path, part="online"):
-    """(tensors of one network of a file, in our names; the common.Weights). Exits with 2 if the file lacks it."""
+    """(the tensors of one network in a file, by our names; the common.Weights). Exits with 2 if it is not there."""
     weights = common.read_weights(path)
     tensors = weights.target if part in ("target", "key") else weights.online
     if not tensors:
-        common.fail(f"{path} has no {part} network, only the one that was trained: take --part online")
+        common.fail(f"{path} has no {part} network, only the trained one: take --part online")
     return tensors, weights
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
 
 def resnet_name(name):
+    """The name in torchvision's ResNet, or None if that has no place for it."""
     return name.removeprefix("backbone.") if name.startswith("backbone.") else None
 
 
 def torchvision_name(name, lowest=2):
     """The name in torchvision's detectors, or None if they have no place for it.
 
-    lowest: the pyramid's first level, 3 in RetinaNet and FCOS, whose blocks count from there.
+    lowest: the pyramid's first level, from which torchvision counts its blocks; 3 in RetinaNet and FCOS, else 2.
     """
     part, _, rest = name.partition(".")
+    if part == "backbone":
+        return f"backbone.body.{rest}"
     if part == "fpn":
-        block, i, rest = rest.split(".", 2)                                 # inner_blocks or layer_blocks
-        return f"backbone.fpn.{block}.{int(i) + 2 - lowest}.{rest}" if int(i) + 2 >= lowest else None
-    if part == "head" and lowest > 2:
-        return None
-    return {"backbone": "backbone.body.",
-            "head": "roi_heads.box_head."}[part] + rest if part in ("backbone", "head") else None
+        block, i, rest = rest.split(".", 2)                                 # inner_blocks.0.0.weight, for example
+        place = int(i) + 2 - lowest
+        return f"backbone.fpn.{block}.{place}.{rest}" if place >= 0 else None
+    if part == "head" and lowest == 2:                                      # the others have no box head
+        return f"roi_heads.box_head.{rest}"
+    return None
 
 
 def detectron2_name(name, modules=common.modules(common.DETECTRON2)):
-    """The name in Detectron2's models, or None, without the prefixes in which they differ.
+    """The end of the name in Detectron2's models, or None if they have no place for it.
 
-    These are `backbone.` or `backbone.bottom_up.`, and `roi_heads.` of res5 in a C4 detector. Detectron2's checkpointer
-    matches names by their ends.
+    Its beginning differs: `backbone.` or `backbone.bottom_up.`, and `roi_heads.` of res5 in a C4 detector. Detectron2's
+    checkpointer matches names by their ends.
     """
-    if not (prefix := common.longest_prefix(name, modules)):
+    module = common.longest_prefix(name, modules)
+    if not module:
         return None
-    return ("roi_heads." if prefix.startswith("head.") else "") + modules[prefix] + name[len(prefix):]
+    return ("roi_heads." if module.startswith("head.") else "") + modules[module] + name[len(module):]
 
 
 NAMES = {"detectron2": detectron2_name, "torchvision": torchvision_name,
@@ -72,20 +76,20 @@ NAMES = {"detectron2": detectron2_name, "torchvision": torchvision_name,
 
 
 def convert(tensors, to):
-    """(tensors in the names of `to`, {a part of the network: how many of its tensors have no place there})."""
-    named = {name: NAMES[to](name) for name in tensors}
-    return ({new: tensors[name] for name, new in named.items() if new},
-            Counter(name.partition(".")[0] for name, new in named.items() if not new))
+    """(tensors by the names of `to`, {part of the network: how many of its tensors have no place there})."""
+    names = {name: NAMES[to](name) for name in tensors}
+    return ({new: tensors[name] for name, new in names.items() if new},
+            Counter(name.partition(".")[0] for name, new in names.items() if not new))
 
 
 def write(path, tensors, to):
-    """Write the tensors: as a dict for torch.load, or as what Detectron2's checkpointer expects of a .pkl."""
+    """Write the tensors as a dict for torch.load, or as the .pkl that Detectron2's checkpointer expects."""
     with common.atomic_write(path) as file:
         if to == "detectron2":
             content = {"model": {name: x.numpy() for name, x in tensors.items()},
                        "__author__": "pre-training for detection",
                        "matching_heuristics": True}
-            # The many Detectron2s with NumPy 1 know arrays by their old address, where NumPy 2 still finds them.
+            # NumPy 1, with which many a Detectron2 runs, knows arrays by this name only. NumPy 2 reads it too.
             file.write(pickle.dumps(content, 3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
         else:
             torch.save(tensors, file)
@@ -107,10 +111,11 @@ def add_init(parser):
 
 
 def initial(args, taken=("backbone",)):
-    """(tensors in our names, settings of their run) of what --init names; both empty for random.
+    """(the tensors that --init names, by our names; the settings of their run); both are empty for random.
 
-    Prints what the file is and which parts, not being among `taken`, have no place. Fills in --arch, or exits with 2 if
-    the file is of another. The file's checksum becomes a setting of the run: the file may move.
+    Prints what the file is and which of its parts have no place, because they are not among `taken`. Fills in --arch;
+    exits with 2 if --arch is given and the file has another. Sets args.init_checksum, so that the file, not its path,
+    is a setting of the run.
     """
     if args.init in ("random", "random0"):
         args.arch, args.init_checksum = args.arch or "resnet50", args.init
@@ -127,7 +132,7 @@ def initial(args, taken=("backbone",)):
 
 
 def build(arch, tensors, norm_layer=None):
-    """The common.Backbone of `initial`'s tensors, on the CPU."""
+    """The common.Backbone with the tensors of `initial`, on the CPU. Without tensors its weights are random."""
     network = common.resnet(arch, norm_layer)
     tensors = {resnet_name(name): x for name, x in tensors.items() if resnet_name(name)}
     network.load_state_dict(tensors, strict=bool(tensors))
@@ -135,18 +140,18 @@ def build(arch, tensors, norm_layer=None):
 
 
 def backbone(args, norm_layer=None):
-    """The common.Backbone that --init names, of --arch, on the CPU."""
+    """The common.Backbone that --init and --arch name, on the CPU."""
     tensors, _ = initial(args)
     return build(args.arch, tensors, norm_layer)
 
 
 def detectron2_settings(arch):
-    """The settings of a Detectron2 configuration for an --arch, as text."""
+    """The settings of an --arch in a Detectron2 configuration, as text."""
     with torch.device("meta"):
         network = common.resnet(arch)
     depth, stem = int(re.match(r"resnex?t(\d+)", arch)[1]), network.conv1.out_channels
     if depth == 200 or depth < 50 and stem != 64:
-        return f"none, Detectron2 has no {arch}"
+        return f"none; Detectron2 has no {arch}"
     groups, width = (network.groups, network.base_width) if network.groups > 1 else (1, stem)
     return (f"MODEL.RESNETS.DEPTH {depth} MODEL.RESNETS.STEM_OUT_CHANNELS {stem} MODEL.RESNETS.NUM_GROUPS {groups} "
             f"MODEL.RESNETS.WIDTH_PER_GROUP {width} MODEL.RESNETS.RES2_OUT_CHANNELS {network.channels[0]}"
@@ -157,10 +162,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: common.fail(f"{message} (see --help)")
     parser.add_argument("weights", help="last.pt, or another file that the list above names")
-    parser.add_argument("file", help="to write: .pkl for Detectron2, anything else for torchvision")
-    parser.add_argument("--to", choices=list(NAMES), help="whose names (default: by the file's)")
+    parser.add_argument("file", help="the file to write: .pkl for Detectron2, anything else for torchvision")
+    parser.add_argument("--to", choices=list(NAMES), help="whose names (default: as the file's extension says)")
     parser.add_argument("--part", choices=PARTS, default="online",
-                        help="which network (default: online, the one that is trained)")
+                        help="which network (default: online, the one that was trained)")
     args = parser.parse_args()
     to = args.to or ("detectron2" if args.file.endswith(".pkl") else "torchvision")
     tensors, weights = read(args.weights, args.part)
@@ -170,12 +175,16 @@ def main():
     except OSError as error:
         common.fail(f"cannot write {args.file}: {error.strerror}")
     print(f"{weights.what}, {args.part} network -> {args.file}, for {to}")
-    places = Counter((name.partition(".")[0], re.match(r"(roi_heads\.|backbone\.)?[^.]+", NAMES[to](name))[0])
-                     for name in tensors if NAMES[to](name))
+    places = Counter()
+    for name in tensors:
+        new = NAMES[to](name)
+        if new:
+            place = re.match(r"(roi_heads\.|backbone\.)?[^.]+", new)[0]  # backbone.fpn, for example
+            places[name.partition(".")[0], place] += 1
     for (part, place), count in places.items():
         print(f"  {part} -> {place}: {count} tensors")
     for part, count in left.items():
-        print(f"  {part}: {count} tensors left out, {to} has no place for them")
+        print(f"  {part}: {count} tensors left out, for which {to} has no place")
     if to == "detectron2" and weights.settings["arch"] != "resnet50":
         print(f"  its configuration: {detectron2_settings(weights.settings['arch'])}")
 
