@@ -85,10 +85,9 @@ def open_labeled(args):
 
 
 def labeled_view(image, rng, size, labels=None, augment=False):
-    """The center of an image, or with `augment` a random crop, mirrored half of the time.
+    """view: uint8 [3, size, size], the center of an image, or with `augment` a random crop, mirrored half of the time.
 
-    Returns view: uint8 [3, size, size]; shown: the number of the image, which is not the one that was asked for if that
-    cannot be decoded; label: its class, if there are `labels`.
+    label: its class, if there are `labels`; shown: its number, which is another's if that image cannot be decoded.
     """
     crop = common.random_crop(image.size, (0.08, 1.0), rng) if augment else common.center_crop(image.size)
     view, = image.crop([crop], [size])
@@ -189,8 +188,8 @@ def train_classifier(args, device):
     views = partial(labeled_view, size=args.size, labels=labels[0], augment=True)
     run = train(args, source, model, views, device,
                 evaluate_epoch=lambda: evaluate(model, val, labels[1], args, device))
-    tested = [row for row in run.rows() if "top1" in row]
-    if tested and common.rank() == 0:
+    tested = [row for row in run.rows() if "top1" in row] if common.rank() == 0 else []
+    if tested:
         best, last = max(row["top1"] for row in tested), tested[-1]
         print(f"{args.protocol}, c{args.stage} of {args.init}, step {run.step} of {run.total}: "
               f"top-1 {last['top1']:.1%}, top-5 {last['top5']:.1%} "
@@ -232,7 +231,7 @@ def compare_stages(args, device):
                 accuracy = common.knn(backbone, source, val, args.size, device, args.workers, stage=stage)
             stages[f"c{stage}"] = {"kNN": accuracy}
             continue
-        rows = []
+        rows = []  # x, y, x_val, y_val
         for images, label in zip((source, val), labels):
             x, shown = pooled_features(backbone, images, stage, args, device)
             y = 2 * F.one_hot(label, classes) - 1 if single else label                 # [N, K]

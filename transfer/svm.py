@@ -24,7 +24,7 @@ def linear_svm(x, y, cost, start=None):
         optimizer.zero_grad()
         slack = (1 - y * (x @ w)).clamp(min=0)                                         # [N, K]
         objectives = (w ** 2).sum(dim=0) / 2 + (weight * slack ** 2).sum(dim=0)        # [K]
-        total = (objectives / slope).sum()  # one sum for all: no column depends on another
+        total = (objectives / slope).sum()  # no column depends on another; scaled alike, they converge alike
         total.backward()
         return total
 
