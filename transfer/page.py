@@ -2,7 +2,6 @@
 import math
 
 import numpy as np
-import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 SIDE = 256  # of a picture on the page, in pixels
@@ -68,17 +67,17 @@ def linked(left, right, starts, ends, found):
     starts, ends: [n, 2], x and y in pixels of each picture; found: bool [n], which lines are green. The others are red.
     """
     sheet = lay([left, right])
-    pen, offset = ImageDraw.Draw(sheet), torch.tensor([sheet.width - right.width, 0])
-    for good, *line in sorted(zip(found.tolist(), starts.tolist(), (ends + offset).tolist())):  # the green ones on top
-        ink = "#00e000" if good else "#ff3030"
-        pen.line([tuple(point) for point in line], ink, 1 + good)
+    pen, shift = ImageDraw.Draw(sheet), sheet.width - right.width
+    for good, start, (x, y) in sorted(zip(found.tolist(), starts.tolist(), ends.tolist())):  # the green ones on top
+        ink, line = "#00e000" if good else "#ff3030", [tuple(start), (x + shift, y)]
+        pen.line(line, ink, 1 + good)
         for x, y in line:
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], ink, "black")
     return sheet
 
 
 def ticks(values):
-    """About six round numbers that span the values."""
+    """About six round numbers at equal distances that span the values."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * abs(high):
         low, high = low - 0.5, high + 0.5
@@ -90,7 +89,7 @@ def ticks(values):
 def chart(title, lines, below):
     """A chart of lines {name: (x, y)}; below: the name of the x axis."""
     left, top, right, bottom = FRAME
-    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")  # twice as large, for smooth lines
+    sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")  # drawn twice as large, for smooth lines
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
     text = lambda x, y, words, anchor: pen.text((2 * x, 2 * y), words, "black", font, anchor)
     line = lambda points, ink, width: pen.line([(2 * x, 2 * y) for x, y in points], ink, width, "curve")
@@ -120,7 +119,7 @@ def chart(title, lines, below):
 
 
 def bars(title, values, order):
-    """A bar chart of {name: (mean, spread)}, with whiskers. order: all names; a name's place there gives its color."""
+    """A bar chart of {name: (mean, spread)} with whiskers. A name's place in `order`, all names, gives its color."""
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)
