@@ -278,6 +278,14 @@ def test_boxes_are_pooled_at_every_stage_where_they_are_and_in_two_processes_too
             np.testing.assert_allclose(features[k], np.array(expected[k])[order], atol=1e-4)
 
 
+def test_effective_rank_counts_the_directions_that_features_spread_over():
+    axes = torch.linalg.qr(torch.randn(64, 64))[0]
+    spread = torch.cat([axes[:8], -axes[:8]])                                   # alike in 8 directions, with mean 0
+    assert classify.effective_rank(spread) == pytest.approx(8, abs=1e-3)
+    assert classify.effective_rank(spread + 100) == pytest.approx(8, abs=1e-2)  # the mean is no direction
+    assert classify.effective_rank(torch.randn(50, 1) * axes[:1]) == pytest.approx(1, abs=1e-2)
+
+
 def write_soco(path):
     torch.manual_seed(0)
     model = soco.SoCo("resnet18w0.25", "fpn", size=48, hidden=8, dim=8)
@@ -324,7 +332,8 @@ def test_objects_of_annotated_images_and_of_drawn_shapes_fill_a_table(tmp_path, 
     for protocol in (flags, []):
         assert run(monkeypatch, "--init", path, "--protocol", "objects", *protocol, "--boxes", 300, "--out",
                    tmp_path / "out") == 0
-        title, header, accuracy, precision = capsys.readouterr().out.splitlines()[-4:]
+        title, header, accuracy, precision, rank = capsys.readouterr().out.splitlines()[-5:]
+        assert rank.split()[0] == "rank" and all(1 <= int(x) <= 300 for x in rank.split()[1:])
         assert header.split() == ["c2", "c3", "c4", "c5", "pyramid", "head"] and "12 classes" in title
         assert accuracy.split()[0] == "accuracy" and precision.split()[0] == "mAP"
     assert json.loads((tmp_path / "out" / "objects.json").read_text())["c2"]["accuracy"] == pytest.approx(

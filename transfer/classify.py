@@ -303,6 +303,15 @@ def draw_images(source, boxes, rng):
     return order[:np.searchsorted(counts, boxes) + 1]
 
 
+def effective_rank(x):
+    """RankMe (Garrido et al. 2023): over how many directions features x [N, D] spread, from 1 to min(N, D).
+
+    It is low if a network has collapsed onto a few directions. Features about their mean; only equal N compare.
+    """
+    singular = torch.linalg.svdvals(x - x.mean(dim=0))
+    return torch.special.entr(singular / singular.sum()).sum().exp().item()
+
+
 def probe_objects(args, device):
     """The protocols objects and supervised; the latter trains first."""
     source, val, classes = open_objects(args)
@@ -324,7 +333,8 @@ def probe_objects(args, device):
     for name in x:
         scores = common.ridge(x[name], y, x_val[name])
         parts[name] = {"accuracy": (scores.argmax(dim=1) == label_val).float().mean().item(),
-                       "mAP": svm.average_precision(scores, 2 * y_val - 1).nanmean().item()}
+                       "mAP": svm.average_precision(scores, 2 * y_val - 1).nanmean().item(),
+                       "rank": effective_rank(x_val[name][:1000].float())}
     print_table(args, f"{args.init}, {len(y)} boxes to learn from, {len(y_val)} to evaluate on, {classes} classes "
                       f"({y_val.float().mean(dim=0).max():.1%} are of the most frequent)", parts)
 
@@ -339,7 +349,8 @@ def print_table(args, title, parts):
     print(" " * 10 + "".join(f"{part:>9}" for part in parts))
     for name in next(iter(parts.values())):
         cells = (figures[name] for figures in parts.values())
-        print(f"{name:10}" + "".join(f"{x:9.2g}" if name == "cost" else f"{x:9.1%}" for x in cells))
+        form = {"cost": "9.2g", "rank": "9.0f"}.get(name, "9.1%")
+        print(f"{name:10}" + "".join(f"{x:{form}}" for x in cells))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with common.atomic_write(Path(args.out, f"{args.protocol}.json")) as file:
         file.write(json.dumps({"title": title, **parts}).encode())
