@@ -918,8 +918,8 @@ class Shapes(ImageFolder):
     def scene(self, i):
         """(image [S, S, 3] uint8, boxes [n, 4] float32 xyxy pixels, masks [n, S, S] bool, classes [n] int64).
 
-        Boxes and masks are of what is visible. An object of which more than 60 % is hidden is not listed. Only numpy
-        works here: torch would wait forever for its threads, which do not survive the fork of `draw_all`.
+        Boxes and masks are of what is visible. An object of which more than 60 % is hidden is not listed. No torch in
+        here: it would wait forever for its threads, which do not survive the fork of `draw_all`.
         """
         rng = np.random.default_rng((3, self.seed, i))
         size, grid = self.size, np.arange(self.size) + 0.5
@@ -971,8 +971,8 @@ class Shapes(ImageFolder):
     def draw_all(self):
         """The same Shapes, with all pictures drawn now, on all cores, into memory that workers share.
 
-        They are `.pictures`, `.boxes`, `.classes` and `.segments`: label maps uint8 [N, S, S], in which the ground is 0
-        and object k is k, counted from 1.
+        Sets `.pictures`, `.boxes`, `.classes`, and `.segments`: label maps uint8 [N, S, S] with 0 for the ground and 1,
+        2, ... for the objects.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
             scenes = pool.imap(self.labeled_scene, range(len(self)), chunksize=64)
@@ -1057,8 +1057,8 @@ def collate_lists(rows):
 class Loader:
     """Iterates over batches on the device, dicts of tensors: `views` of the images of `source`.
 
-    batches: lists of (epoch, index). A file that cannot be decoded is named once. If these are more than 1 % of the
-    files seen, the program ends with code 2. `.waited`: the seconds spent waiting for images.
+    views: as in Views; batches: lists of (epoch, index). A file that cannot be decoded is named once. If these are more
+    than 1 % of the files seen, the program ends with code 2. `.waited`: the seconds spent waiting for images.
     """
 
     def __init__(self, source, views, batches, workers, device, seed=0, collate=None):
@@ -1689,8 +1689,8 @@ def extract_features(backbone, source, indices, size, device, workers, stage=5):
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
     """Top-1 accuracy in [0, 1] of weighted k nearest neighbors on frozen c5 (Wu et al. 2018; MoCo A.9), or on c2 to c4.
 
-    train, val: sources with labels. k: all images if there are fewer. Each process compares its share of the training
-    images with all validation features and keeps the k nearest, so that no training feature is ever stored.
+    train, val: sources with labels; k: how many neighbors vote. Each process compares its share of the training images
+    with all validation features and keeps the k nearest, so that no training feature is ever stored.
     """
     labels, classes = train.labels()
     truth, _ = val.labels(classes)
