@@ -39,7 +39,7 @@ import time
 import warnings
 import zlib
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import product
@@ -107,7 +107,8 @@ class Stop:
         if second or not self.holding:
             if not second and int(os.environ.get("RANK", 0)) == 0:
                 os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(number).name.encode())
-            sys.stdout.flush()
+            with suppress(OSError, RuntimeError):  # nobody reads, or the signal came amid a print
+                sys.stdout.flush()
             kill_workers()
             os._exit(128 + number)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
 
