@@ -123,7 +123,7 @@ def bars(title, values, order):
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)
-    text = lambda x, y, words, anchor: pen.text((2 * x, 2 * y), words, "black", font, anchor)
+    text = lambda x, y, words, anchor, font=font: pen.text((2 * x, 2 * y), words, "black", font, anchor)
     ys = ticks([0, *(mean + spread for mean, spread in values.values())])
     at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
     for y in ys:
@@ -131,11 +131,13 @@ def bars(title, values, order):
         text(left - 6, at_y(y), f"{y:.6g}", "rm")
     text(left, 10, title, "la")
     step = (right - left) / len(values)
+    widest = max(font.getlength(name) for name in values)
+    small = ImageFont.load_default(24 * min(1, 1.9 * step / widest))  # names must not touch
     for k, (name, (mean, spread)) in enumerate(values.items()):
         middle = left + (k + 0.5) * step
         bar = [2 * (middle - 0.3 * step), 2 * at_y(mean), 2 * (middle + 0.3 * step), 2 * at_y(0)]
         pen.rectangle(bar, INK[order.index(name) % len(INK)])
         pen.line([2 * middle, 2 * at_y(mean - spread), 2 * middle, 2 * at_y(mean + spread)], "black", 4)
         text(middle, at_y(mean + spread) - 4, f"{mean:.3g}", "mb")
-        text(middle, bottom + 7, name, "ma")
+        text(middle, bottom + 7, name, "ma", small)
     return sheet.reduce(2)
