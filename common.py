@@ -538,6 +538,12 @@ class LARS(torch.optim.SGD):
         for p, p_gradient in zip(params, gradients):
             p.grad = p_gradient
 
+    def load_state_dict(self, state_dict):
+        """Take the momentum of a run, but none of its hyperparameters: the first checkpoints had others than SGD's."""
+        groups = [{**own, "params": saved["params"]}
+                  for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
 
 def cosine(start, end, step, total):
     """Half a cosine, from `start` at step 0 to `end` at step `total` and after."""
