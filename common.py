@@ -1486,11 +1486,16 @@ class Run:
         self.mark = time.perf_counter(), self.step, self.loader.waited
 
     def log(self, loss, stats, lr):
-        """Write a row for the step just done, averaged over the processes: the only wait for the device in a step."""
+        """Write a row for the step just done, averaged over the processes: the only wait for the device in a step.
+
+        Exits with 2 if the loss is not finite, as all that follows would be lost.
+        """
         figures = torch.stack([loss.detach().float(), *(x.detach().float() for x in stats.values())])
         if world_size() > 1:
             dist.all_reduce(figures)
         figures = (figures / world_size()).tolist()
+        if not math.isfinite(figures[0]):
+            fail(f"the loss is {figures[0]} after step {self.step}: lower --lr, or try --amp off")
         start, step, waited = self.mark
         self.restart_clock()
         took = self.mark[0] - start

@@ -176,6 +176,13 @@ def test_what_the_machine_lacks_is_one_line(capsys, error, code, says):
     assert stop.value.code == code and says in err and err.count("\n") == 1
 
 
+def test_a_loss_that_is_no_number_ends_the_run(pictures, tmp_path, monkeypatch, capsys):
+    honest = common.info_nce
+    monkeypatch.setattr(common, "info_nce", lambda *x: honest(*x) * float("nan"))
+    assert run_script(moco, monkeypatch, "--data", pictures, "--out", tmp_path / "run", *TINY) == 2
+    assert "error: the loss is nan after step 1: lower --lr, or try --amp off" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as stop:
         common.report_crash(ValueError, ValueError("a fault"), None)
