@@ -395,7 +395,11 @@ class Backbone(ResNet):
     def forward(self, x, stages=4):
         x, outputs = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:stages]:
-            x = stage(x)                                         # [N, C2, H/4, W/4], [N, C3, H/8, W/8], ...
+            if x.device.type == "cpu" and x.shape[-1] == 1:      # bf16 would put garbage (torch 2.15) into the gradient
+                with torch.autocast("cpu", enabled=False):       # of the weights that only ever see padding
+                    x = stage(x.float())
+            else:
+                x = stage(x)                                     # [N, C2, H/4, W/4], [N, C3, H/8, W/8], ...
             outputs.append(x)
         return outputs
 

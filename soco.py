@@ -179,17 +179,16 @@ class ObjectEncoder(nn.Module):
     def pool(self, stages, boxes):
         """{"c2": [n, D], ..., "c5", "pyramid", "head"}: the features that each part has of all n boxes, to probe them.
 
-        stages: c2 to c5 of square images; boxes: [k, 4] of each, in its pixels.
+        stages: c2 to c5 of square images; boxes: [k, 4] of each, in its pixels. For an encoder in eval mode.
         """
         rows = common.pool_stages(stages, boxes)
         if self.detector == "fpn":
             padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)                   # [N, K, 4]
             real = torch.cat([torch.arange(padded.shape[1], device=padded.device) < len(own) for own in boxes])  # [N*K]
             levels = assign_levels(padded, 4 * stages[0].shape[-1]) if self.levels else None
-            with common.evaluating(self):
-                pyramid = list(self.fpn(dict(enumerate(stages))).values())
-                pooled = {side: pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7)}
-                rows |= {"pyramid": pooled[3].flatten(1).float(), "head": self.head(pooled[7]).float()}
+            pyramid = list(self.fpn(dict(enumerate(stages))).values())
+            pooled = {side: pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7)}
+            rows |= {"pyramid": pooled[3].flatten(1).float(), "head": self.head(pooled[7]).float()}
         return rows
 
 
@@ -460,6 +459,12 @@ def arguments():
     return args
 
 
+def evaluate(run, encoder, pair, device):
+    """Write what kNN tells by c4 and, of drawn shapes, what the object probe tells by every part of the encoder."""
+    with common.evaluating(encoder):
+        run.monitor(encoder.backbone, pair, device, stage=4, pool=encoder.pool)
+
+
 def main():
     device = common.init_distributed()
     args = arguments()
@@ -485,7 +490,7 @@ def main():
     ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
-        run.monitor(model.online.backbone, monitor, device, stage=4, pool=model.online.pool)
+        evaluate(run, model.online, monitor, device)
     for batch in batches:
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
@@ -504,7 +509,7 @@ def main():
         if run.step % args.print_every == 0:
             run.log(loss, stats, lr)
         if monitor and run.step % run.steps_per_epoch == 0:
-            run.monitor(model.online.backbone, monitor, device, stage=4, pool=model.online.pool)
+            evaluate(run, model.online, monitor, device)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
     run.summary(loss=f"0 if nothing is learned, {4 - 4 * args.views} if all is",

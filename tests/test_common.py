@@ -71,6 +71,26 @@ def test_resnet_has_torchvisions_keys_and_gives_its_features():
     torch.testing.assert_close(stages[-1].mean((2, 3)), theirs(x))
 
 
+@pytest.mark.parametrize("arch", ["resnet18w0.25", "resnet50w0.25"])
+def test_weights_that_see_only_padding_get_no_gradient_in_bf16(arch):
+    torch.manual_seed(0)
+    net = common.resnet(arch).to(memory_format=torch.channels_last)
+    x = torch.randn(32, 3, 16, 16).to(memory_format=torch.channels_last)
+    for _ in range(5):
+        litter = [torch.full((4096 * n,), torch.nan) for n in (1, 2, 4, 8, 16, 32)]  # for kernels that forget to clear
+        del litter
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            c5 = net(x)[-1]
+        c5.float().square().sum().backward()
+        for name, p in net.named_parameters():
+            assert p.grad.isfinite().all(), name
+        strided = net.layer4[0].conv1 if "18" in arch else net.layer4[0].conv2
+        border = strided.weight.grad.clone()
+        border[:, :, 1, 1] = 0                                             # c4 has a single pixel, under the center
+        assert strided.stride == (2, 2) and not border.any()
+
+
 def test_w_multiplies_every_channel_count():
     wide, plain = common.resnet("resnet50w2"), common.resnet("resnet50")
     assert wide.channels == [2 * c for c in plain.channels] == [512, 1024, 2048, 4096]

@@ -247,6 +247,21 @@ def test_without_head_and_levels_a_box_is_the_average_of_what_all_levels_pool():
     assert not list(encoder.head.parameters())
 
 
+def probed_boxes(scenes):
+    """How many boxes a process has the features of after it has pooled those of its share of the scenes."""
+    encoder = tiny().online.eval()
+    encode = lambda views, boxes: encoder.pool(encoder.backbone(common.Photometric()(views)), boxes)
+    with torch.no_grad():
+        rows, classes = common.box_features(encode, scenes, range(len(scenes)), 48, torch.device("cpu"))
+    assert {len(x) for x in rows.values()} == {len(classes)} and {"pyramid", "head"} <= rows.keys()
+    return len(classes)
+
+
+def test_processes_with_unequal_shares_probe_together():
+    scenes = common.Shapes(129, 48).draw_all()  # 65 and 64 of them: two batches of 64, and one
+    assert in_processes(2, probed_boxes, scenes) == [sum(map(len, scenes.boxes))] * 2
+
+
 def encode_slowly(encoder, view, box, size):
     """Eq. 1 and the projector for one box of one view [3, S, S], with torchvision's parts put together anew."""
     x = ((view.float() / 255 - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(common.STD).view(3, 1, 1))[None]

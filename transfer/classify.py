@@ -334,7 +334,7 @@ def probe_objects(args, device):
         scores = common.ridge(x[name], y, x_val[name])
         parts[name] = {"accuracy": (scores.argmax(dim=1) == label_val).float().mean().item(),
                        "mAP": svm.average_precision(scores, 2 * y_val - 1).nanmean().item(),
-                       "rank": effective_rank(x_val[name][:1000].float())}
+                       "rank": effective_rank(x_val[name][:1000])}
     print_table(args, f"{args.init}, {len(y)} boxes to learn from, {len(y_val)} to evaluate on, {classes} classes "
                       f"({y_val.float().mean(dim=0).max():.1%} are of the most frequent)", parts)
 
