@@ -31,7 +31,9 @@ PAPER = dict(  # on ImageNet; lr is for batch_size
     augment_magnitude=28,
     workers=16)  # about what one H100 needs, estimated
 
-DEMO = dict(arch="resnet18w0.25", size=32, epochs=10, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
+DEMO = dict(
+    arch="resnet18w0.25", size=32, epochs=4, batch_size=128, lr=0.12, warmup=1, print_every=32, min_area=0.4, queue=512,
+    momentum=0.95)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ PAPER = dict(  # the main experiments on ImageNet; lr is for batch_size
 ABLATION = dict(temperature=0.2)  # with --augment moco
 
 DEMO = dict(
-    arch="resnet18w0.25", size=48, epochs=10, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95,
+    arch="resnet18w0.25", size=48, epochs=5, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95,
     augment="moco")
 
 

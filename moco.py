@@ -32,7 +32,7 @@ PAPER = dict(  # version 2 on ImageNet; lr is for batch_size
 VERSION_1 = dict(temperature=0.07, schedule="steps")  # and a linear head, v1's colors
 
 DEMO = dict(
-    arch="resnet18w0.25", size=32, epochs=16, lr=0.06, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
+    arch="resnet18w0.25", size=32, epochs=12, lr=0.06, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ C4 = dict(views=2)  # Sec. 3.3: V3 is discarded
 WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, first row: the image is the one object
 
 DEMO = dict(
-    arch="resnet18w0.25", size=48, epochs=1, batch_size=64, lr=32.0, warmup=0.5, print_every=32, proposals="truth",
-    num_proposals=2, hidden=512)  # lr is 1.0 at 64; the paper's 0.25 learns too slowly for 128 steps
+    arch="resnet18w0.25", size=48, epochs=1, batch_size=32, lr=64.0, warmup=0.5, print_every=32, proposals="truth",
+    num_proposals=2, hidden=512)  # lr is 1.0 at 32; the paper's 0.125 learns too slowly for 256 steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------

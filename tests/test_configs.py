@@ -1,4 +1,4 @@
-"""transfer/configs, transfer/train_net.py and transfer/README.md, without Detectron2: keys, values, names, the draw."""
+"""transfer/configs with its README.md, and transfer/train_net.py, without Detectron2: keys, values, names, the draw."""
 import hashlib
 import json
 import random
@@ -67,8 +67,8 @@ def same_type(value, default):
 
 
 def table():
-    """The rows of README's table: the cells of each line that begins with a configuration's name."""
-    text = (ROOT / "transfer" / "README.md").read_text().partition("### Which table is it?")[2].partition("\n### ")[0]
+    """The rows of the table in configs/README.md: the cells of each line that begins with a configuration's name."""
+    text = (ROOT / "transfer" / "configs" / "README.md").read_text()
     return [[cell.strip() for cell in line.strip("|").split("|")]
             for line in text.splitlines() if re.match(r"\| `", line)]
 

@@ -2,7 +2,7 @@
 
     python transfer/train_net.py --config-file transfer/configs/soco-fpn-1x.yaml --num-gpus 8 MODEL.WEIGHTS soco.pkl
 
-The weights come from transfer/convert.py. README.md beside this file says which configuration belongs to which table.
+The weights come from transfer/convert.py. configs/README.md says which configuration belongs to which table.
 What Detectron2's own keys can say is in the configurations. This file has what they cannot: BN after stage 5 in a C4
 detector, FCOS from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), and an
 evaluator for each data set.
