@@ -799,6 +799,18 @@ def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
     return x, y, x + w, y + h
 
 
+def to_view(boxes, crop, size, flip=False):
+    """Boxes [n, 4] in pixels of the view that shows `crop` at size x size, mirrored if `flip`.
+
+    boxes, crop: xyxy, in pixels of the image. A box may reach beyond the view.
+    """
+    corner, side = np.tile(crop[:2], 2), np.tile(np.subtract(crop[2:], crop[:2]), 2)
+    boxes = (boxes - corner) * (size / side)
+    if flip:
+        boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
+    return boxes
+
+
 def center_crop(size):
     """(x1, y1, x2, y2): the square in the middle of an image of (width, height), 224/256 of its shorter side."""
     side = max(1, round(min(size) * 224 / 256))
@@ -1736,9 +1748,10 @@ def pool_stages(stages, boxes):
 def object_view(image, rng, source, size):
     """{"view": the image made square, uint8 [3, size, size], "boxes": [k, 4] xyxy in its pixels, "classes": [k]}."""
     boxes, classes = source.objects(image.index)  # boxes in pixels of the image
-    view, = image.crop([(0, 0, *image.size)], [size])
-    boxes = boxes * np.tile(size / np.array(image.size), 2)
-    return {"view": to_tensor(view), "boxes": torch.from_numpy(boxes).float(), "classes": torch.from_numpy(classes)}
+    frame = 0, 0, *image.size
+    view, = image.crop([frame], [size])
+    boxes = torch.from_numpy(to_view(boxes, frame, size)).float()
+    return {"view": to_tensor(view), "boxes": boxes, "classes": torch.from_numpy(classes)}
 
 
 def box_features(encode, source, images, size, device, workers=0):

@@ -17,10 +17,12 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageOps
+from torchvision.utils import draw_bounding_boxes
 
 import common
 
@@ -57,19 +59,11 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
             view = ImageOps.mirror(view)
         if augment != "moco":
             view = common.rand_augment(view, rng, magnitude, moves=augment == "rand-moves")
-        box = to_view(b if overlap else r, r, size, flip)                                            # B_1, B_2
+        box = common.to_view(np.array([b if overlap else r]), r, size, flip)                         # B_1, B_2
         batch[f"x_{name}"] = common.to_tensor(view)
-        batch[f"box_{name}"] = torch.tensor([box])
+        batch[f"box_{name}"] = torch.from_numpy(box).float()
         batch[f"flip_{name}"] = torch.tensor(flip)
     return batch
-
-
-def to_view(box, crop, size, flip):
-    """T: `box` in pixels of the view that shows `crop` at size x size, mirrored if `flip`. box, crop: image pixels."""
-    sx, sy = size / (crop[2] - crop[0]), size / (crop[3] - crop[1])
-    x1, x2 = (box[0] - crop[0]) * sx, (box[2] - crop[0]) * sx
-    y1, y2 = (box[1] - crop[1]) * sy, (box[3] - crop[1]) * sy
-    return (size - x2, y1, size - x1, y2) if flip else (x1, y1, x2, y2)
 
 
 def color_augmentation():
@@ -249,29 +243,27 @@ def save_views(path, model, batch):
     """
     columns = []
     for name in "qk":
-        views = (common.denormalize(model.photometric(batch[f"x_{name}"])[:8]) * 255).byte().cpu()
+        views = common.denormalize(model.photometric(batch[f"x_{name}"])[:8])
         side = model.encoder_q.roi_size or -(-views.shape[-1] // 32)
-        rows = zip(views, batch[f"box_{name}"], batch[f"flip_{name}"], batch["overlap"])
-        columns.append(torch.stack([draw_grid(view, box[0], flip, side if overlap else 0)
+        factor = 448 // views.shape[-1] + 1
+        views = F.interpolate(views, scale_factor=factor).cpu()
+        boxes = batch[f"box_{name}"].cpu() * factor
+        rows = zip(views, boxes, batch[f"flip_{name}"], batch["overlap"])
+        columns.append(torch.stack([draw_grid(view, box, side, flip) if overlap else view
                                     for view, box, flip, overlap in rows]))
     common.save_views(path, *columns)
 
 
-def draw_grid(view, box, flip, side):
-    """A view [3, H, H] uint8, enlarged, with side x side numbered cells in its box [4]: float [3, H', H'] in [0, 1]."""
-    size = view.shape[-1]
-    factor = 448 // size + 1
-    picture = Image.fromarray(view.permute(1, 2, 0).numpy()).resize([size * factor] * 2)
-    pen = ImageDraw.Draw(picture)
-    left, top, right, bottom = (box * factor).tolist()
-    for p in range(side * side):
-        row, column = divmod(p, side)
-        if flip:
-            column = side - 1 - column
-        x, y = left + (right - left) * column / side, top + (bottom - top) * row / side
-        pen.rectangle([x, y, x + (right - left) / side, y + (bottom - top) / side], outline="orange")
-        pen.text([x + 2, y + 1], str(p), fill="yellow")
-    return common.to_tensor(picture) / 255
+def draw_grid(view, box, side, flip):
+    """A view [3, H, H] in [0, 1] with side x side cells in its box [1, 4], numbered from the right if `flip`."""
+    place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)          # (column, row) of each cell
+    if flip:
+        place[:, 0] = side - 1 - place[:, 0]
+    cell = (box[:, 2:] - box[:, :2]) / side                                               # width, height
+    corner = box[:, :2] + place * cell
+    numbers = [str(p) for p in range(side ** 2)]
+    cells = torch.cat([corner, corner + cell], dim=1)
+    return draw_bounding_boxes(view, cells, numbers, "orange", label_colors="yellow")
 
 
 def arguments():

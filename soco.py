@@ -14,11 +14,11 @@ Writes last.pt, log.jsonl, views.png and the proposals that it makes (proposals.
 again to resume. In last.pt's `model`, `online.backbone.*` has the layout of torchvision's ResNet; with FPN,
 `online.fpn.*` and `online.head.*` have those of FeaturePyramidNetwork and FastRCNNConvFCHead.
 """
-import contextlib
 import copy
 import shutil
 import sys
 import zlib
+from contextlib import suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -52,46 +52,40 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
-    """V1: the image resized to a square; V2: a crop of V1; V3: V2 downsampled; V4: a second crop (SoCo*, Sec. 4.3).
+    """V1: the image resized to a square; V2: a crop of V1; V3: V2 downsampled; V4: another crop of V1 (Sec. 4.3).
 
     proposals(image, rng): [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
     view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is the same
-    proposal in all of them, jittered, clipped and mirrored in each view on its own. It is visible in V2, and in V4 if
-    there is one.
+    proposal in all views. Each view jitters, clips and mirrors its boxes on its own. Only proposals that are inside V2
+    (and inside V4, if there is one) are taken.
     """
-    frame = np.array([0, 0, *image.size], float)  # of the whole image
+    frame = np.array([0, 0, *image.size], float)  # the whole image
+    square = sizes[0], sizes[0]
     boxes = proposals(image, rng)
     for _ in range(10):
-        v2, v4 = (common.random_crop((sizes[0], sizes[0]), (0.5, 1.0), rng) for _ in range(2))
-        v2, v4 = (np.array(crop) * np.tile(image.size, 2) / sizes[0] for crop in (v2, v4))  # pixels of the image
+        v1_crops = np.array([common.random_crop(square, (0.5, 1.0), rng) for _ in range(2)])  # in pixels of V1
+        v2, v4 = v1_crops * np.tile(image.size, 2) / sizes[0]                                 # in pixels of the image
         crops = [frame, v2, v2, v4][:len(sizes)]
         visible = boxes[np.all([inside(boxes, crop) for crop in crops[1:]], axis=0)]
         if len(visible):
             break
     else:
         visible = frame[None]  # no proposal in sight: the whole image is the one object
-    drawn = np.resize(rng.permutation(visible), (num_proposals, 4))  # all are taken before any is taken twice
+    chosen = np.resize(rng.permutation(visible), (num_proposals, 4))  # all are taken before any is taken twice
     batch = {}
     for i, (view, crop, size) in enumerate(zip(image.crop(crops, sizes), crops, sizes), start=1):
-        jittered = jitter(drawn, jitter_p, rng)
-        moved = np.where(inside(jittered, crop)[:, None], jittered, drawn)  # no jitter if it would leave the view
-        view_boxes = to_view(moved, crop, size).clip(0, size)
-        if rng.random() < 0.5:
-            view, view_boxes = ImageOps.mirror(view), mirrored(view_boxes, size)
-        batch[f"view{i}"] = common.to_tensor(view)
-        batch[f"boxes{i}"] = torch.from_numpy(view_boxes.astype(np.float32))
+        jittered = jitter(chosen, jitter_p, rng)
+        jittered = np.where(inside(jittered, crop)[:, None], jittered, chosen)  # no jitter if it would leave the view
+        flip = rng.random() < 0.5
+        view_boxes = common.to_view(jittered, crop, size, flip).clip(0, size)
+        batch[f"view{i}"] = common.to_tensor(ImageOps.mirror(view) if flip else view)
+        batch[f"boxes{i}"] = torch.from_numpy(view_boxes).float()
     return batch
-
-
-def to_view(boxes, crop, size):
-    """Boxes [n, 4], xyxy pixels of the image, in pixels of `crop` made size x size; they may reach beyond it."""
-    corner, side = np.tile(crop[:2], 2), np.tile(crop[2:] - crop[:2], 2)
-    return (boxes - corner) * (size / side)
 
 
 def inside(boxes, crop):
     """[n] bool: which boxes show at least 16 x 16 pixels in `crop` resized to 224 x 224. The threshold is ours."""
-    x1, y1, x2, y2 = to_view(boxes, crop, 224).clip(0, 224).T
+    x1, y1, x2, y2 = common.to_view(boxes, crop, 224).clip(0, 224).T
     return (x2 - x1 >= 16) & (y2 - y1 >= 16)
 
 
@@ -103,12 +97,11 @@ def jitter(boxes, p, rng):
     return np.concatenate([center - side / 2, center + side / 2], axis=1)
 
 
-def mirrored(boxes, size):
-    return np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
-
-
 def color_augmentation(view, size):
-    """BYOL's color augmentation: its first for V1, its second for the others. Blur sigma: 0.1 to 2 pixels at 224."""
+    """BYOL's colors: those of its first view for V1, and those of its second for the others.
+
+    size: of V1, in pixels. At 224, the sigma of blur is 0.1 to 2 pixels.
+    """
     blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
     return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
                               sigma=(0.1 * size / 224, 2.0 * size / 224))
@@ -119,9 +112,10 @@ def color_augmentation(view, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def assign_levels(boxes, size):
-    """Scale-aware assignment: the level, 0 to 3 for P2 to P5, of boxes [..., 4], by their area in pixels of their view.
+    """Scale-aware assignment: the level of each box [..., 4], 0 to 3 for P2 to P5, by its area in its own view.
 
-    Areas up to 48^2, 96^2 and 192^2 belong to P2, P3 and P4 if V1 has 224 pixels; the bounds follow its `size`.
+    size: of V1, in pixels. At 224, areas up to 48^2, 96^2 and 192^2 pixels belong to P2, P3 and P4, and larger ones to
+    P5. At other sizes these bounds scale with V1.
     """
     area = ((boxes[..., 2:] - boxes[..., :2]) * (224 / size)).prod(dim=-1)
     return sum((area > side ** 2).long() for side in (48, 96, 192))
@@ -143,10 +137,10 @@ def pyramid_roi_align(pyramid, boxes, levels, output_size):
 class ObjectEncoder(nn.Module):
     """f^I, RoIAlign, f^H and the projector g: a view [N, 3, H, W] and its boxes [N, K, 4] -> [N*K, dim], image-major.
 
-    detector: "fpn" is the backbone, pyramid and box head of Mask R-CNN, with SyncBatchNorm in all of them; the head has
-    four convolutions and a linear layer, which the paper does not say. "c4" pools from c4, and layer4 is the head.
-    size: of V1, in pixels. For Table 4: without `head`, the pooled features are averaged; without `levels`, a box is
-    pooled on every level and the results are added.
+    detector: "fpn" is the backbone, pyramid and box head of Mask R-CNN, with SyncBatchNorm in all of them; "c4" pools
+    from c4, and layer4 is the head. The sizes of RoIs and of the box head (four convolutions and a linear layer) are
+    Detectron2's: the paper gives none. size: of V1, in pixels. For Table 4: without `head`, the pooled features are
+    averaged; without `levels`, a box is pooled on every level and the results are added.
     """
 
     def __init__(self, arch, detector, size, hidden, dim, head=True, levels=True):
@@ -154,15 +148,15 @@ class ObjectEncoder(nn.Module):
         norm = common.SyncBatchNorm
         self.detector, self.size, self.levels = detector, size, levels
         self.backbone = common.resnet(arch, norm, zero_init_residual=True)
-        width = self.backbone.channels[-1]
+        features = self.backbone.channels[-1]
         if detector == "fpn":
             channels = round(256 * min(1.0, self.backbone.width))  # a demo's narrow backbone has a narrow detector
-            width = 4 * channels if head else channels
+            features = 4 * channels if head else channels
             self.fpn = FeaturePyramidNetwork(self.backbone.channels, channels, norm_layer=norm)
             self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
             if head:
-                self.head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm_layer=norm)
-        self.projector = common.mlp(width, hidden, dim)
+                self.head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [features], norm_layer=norm)
+        self.projector = common.mlp(features, hidden, dim)
 
     def forward(self, x, boxes):
         if self.detector == "fpn":
@@ -177,18 +171,19 @@ class ObjectEncoder(nn.Module):
         return self.projector(h)
 
     def pool(self, stages, boxes):
-        """{"c2": [n, D], ..., "c5", "pyramid", "head"}: the features that each part has of all n boxes, to probe them.
+        """The features of boxes by every part, to probe it: {"c2": [n, D], ..., "c5", "pyramid", "head"}.
 
-        stages: c2 to c5 of square images; boxes: [k, 4] of each, in its pixels. For an encoder in eval mode.
+        stages: c2 to c5 of N square images; boxes: a list of [k, 4], one an image, in its pixels, n in all. The encoder
+        must be in eval mode.
         """
         rows = common.pool_stages(stages, boxes)
         if self.detector == "fpn":
-            padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)                   # [N, K, 4]
-            real = torch.cat([torch.arange(padded.shape[1], device=padded.device) < len(own) for own in boxes])  # [N*K]
+            padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True, padding_value=-1)  # [N, K, 4]
+            real = padded[..., 2].flatten() >= 0                                          # [N*K]
             levels = assign_levels(padded, 4 * stages[0].shape[-1]) if self.levels else None
             pyramid = list(self.fpn(dict(enumerate(stages))).values())
-            pooled = {side: pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7)}
-            rows |= {"pyramid": pooled[3].flatten(1).float(), "head": self.head(pooled[7]).float()}
+            cells_3, cells_7 = (pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7))
+            rows |= {"pyramid": cells_3.flatten(1).float(), "head": self.head(cells_7).float()}
         return rows
 
 
@@ -236,15 +231,15 @@ def selective_search(image, space="HSV", scale=500, min_size=10):
     to at most 500 pixels on its longer side, about the size of ImageNet's, since more pixels are not more objects.
     """
     import cv2
-    from cv2.ximgproc import segmentation as cv
+    from cv2 import ximgproc
     cv2.setNumThreads(1)  # every core has an image of its own
     pixels = image.shrunk()
-    search = cv.createSelectiveSearchSegmentation()
+    search = ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.addImage(pixels if space == "RGB" else cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV))
-    search.addGraphSegmentation(cv.createGraphSegmentation(0.9, scale, min_size))
-    search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(
-        cv.createSelectiveSearchSegmentationStrategyColor(), cv.createSelectiveSearchSegmentationStrategyTexture(),
-        cv.createSelectiveSearchSegmentationStrategySize(), cv.createSelectiveSearchSegmentationStrategyFill()))
+    search.addGraphSegmentation(ximgproc.segmentation.createGraphSegmentation(0.9, scale, min_size))
+    strategy = lambda name: getattr(ximgproc.segmentation, f"createSelectiveSearchSegmentationStrategy{name}")
+    similarities = [strategy(name)() for name in ("Color", "Texture", "Size", "Fill")]
+    search.addStrategy(strategy("Multiple")(*similarities))
     x, y, w, h = np.unique(search.process(), axis=0).T
     return np.stack([x, y, x + w, y + h], axis=1) * np.tile(np.divide(image.size, pixels.shape[1::-1]), 2)
 
@@ -291,10 +286,7 @@ def make_proposals(path, source, device):
         for part in parts:
             with np.load(part) as made:
                 boxes += np.split(made["boxes"], np.cumsum(made["counts"])[:-1])
-        try:
-            save_proposals(path, source, boxes)
-        except OSError as error:
-            common.fail(f"cannot write {path}: {error.strerror}")
+        save_proposals(path, source, boxes)
         shutil.rmtree(folder)
     common.barrier()
 
@@ -382,7 +374,11 @@ COLORS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodger
 
 
 def draw_boxes(picture, boxes, labels, side):
-    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], a color each, enlarged as if `side` were 256 pixels."""
+    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], a color each; labels: K texts or None.
+
+    S is `side` at most. A picture of `side` pixels is enlarged to about 256, and a smaller one in proportion; what it
+    lacks is left black, so that all results have one size.
+    """
     factor = max(1, 256 // side)
     picture = F.interpolate(picture[None], scale_factor=factor)[0]
     picture = draw_bounding_boxes(picture, boxes * factor, labels, [COLORS[k % 8] for k in range(len(boxes))], width=2)
@@ -402,13 +398,13 @@ def save_views(path, model, batch):
 
 
 def save_figure_2(path, source, proposals):
-    """Write a picture of eight images, made square, with ten random proposals each."""
+    """Write a picture like the paper's Figure 2: eight images, made square, with ten of their proposals each."""
     rng, pictures = np.random.default_rng(0), []
     for i in rng.permutation(len(source))[:8]:
-        with contextlib.suppress(common.Unreadable):
+        with suppress(common.Unreadable):
             image = source.image(i)
-            frame = np.array([0, 0, *image.size], float)
-            boxes = rng.permutation(to_view(proposals(image, rng), frame, 256))[:10]
+            frame = 0, 0, *image.size
+            boxes = rng.permutation(common.to_view(proposals(image, rng), frame, 256))[:10]
             picture = common.to_tensor(image.crop([frame], [256])[0]) / 255
             pictures.append(draw_boxes(picture, torch.from_numpy(boxes), None, 256)[None])
     if pictures:

@@ -117,7 +117,8 @@ def test_v1_is_the_whole_image_v2_half_of_it_or_more_and_v3_shows_the_same_as_v2
         areas.append([(s[0] * s[1]).item() for s in (span[1], span[3])])
         flips.append([bool(batch[f"view{i}"][0, 0, 0] > batch[f"view{i}"][0, 0, -1]) for i in range(1, 5)])
         boxes = lambda i: batch[f"boxes{i}"].numpy()
-        straight = lambda i: soco.mirrored(boxes(i), SIZES[i - 1]) if flips[-1][i - 1] else boxes(i)
+        whole = lambda i: (0, 0, SIZES[i - 1], SIZES[i - 1])
+        straight = lambda i: common.to_view(boxes(i), whole(i), SIZES[i - 1], flip=flips[-1][i - 1])
         assert straight(2) == pytest.approx(2 * straight(3), abs=1e-3)
     areas = np.array(areas)
     assert areas.min() > 0.45 and areas.max() > 0.9 and abs(np.corrcoef(areas.T)[0, 1]) < 0.2  # V2, V4: two crops

@@ -248,7 +248,7 @@ def object_and_rois(image, rng, proposals, size, n=20):
     """view: the image made square; boxes: [1 + n, 4] in its pixels, an object and n RoIs near it; iou: theirs, [n]."""
     boxes = np.asarray(proposals(image, rng), float)
     frame = np.array([0, 0, *image.size], float)
-    box = soco.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else frame, frame, size).clip(0, size)
+    box = common.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else frame, frame, size).clip(0, size)
     rois, iou = rois_near(box, size, n, rng)
     return {**square_view(image, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(),
             "iou": torch.from_numpy(iou)}
@@ -293,7 +293,7 @@ def iou(args, device):
 def proposals_and_views(image, rng, proposals, sizes, num_proposals):
     """view: the image made square; ten: ten of its proposals [10, 4], or zeros if there are fewer; and SoCo's views."""
     boxes, size = np.asarray(proposals(image, rng), float), sizes[0]
-    ten = soco.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), size).clip(0, size)
+    ten = common.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), size).clip(0, size)
     ten = np.pad(ten, ((0, 10 - len(ten)), (0, 0)))
     views = soco.object_views(image, rng, lambda *_: boxes, sizes, num_proposals, jitter_p=soco.PAPER["jitter"])
     return {**square_view(image, rng, size), "ten": torch.from_numpy(ten), **views}
