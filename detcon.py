@@ -14,7 +14,6 @@ Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; ru
 last.pt's `model`, `online.backbone.*` has the layout of torchvision's ResNet.
 """
 import copy
-import re
 import zlib
 from collections import Counter
 from functools import partial
@@ -36,9 +35,9 @@ PAPER = dict(  # S on ImageNet; lr: 0.3 per 256 images; 300 epochs are B's in Ta
     workers=24)  # about what one H100 needs, estimated
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
-# A single global mask turns DetCon into SimCLR (S) or a contrastive BYOL (B). `detcon_loss` weighs a region once and
-# divides by M, so M draws of one region scale the gradient by 1/M. LARS undoes that for weights, but not for BN and
-# biases. Table 4 (a) has 16 draws: --num-masks 16.
+# A single global mask turns DetCon into SimCLR (S) or a contrastive BYOL (B). To draw it M times would only scale the
+# gradient by 1/M, since `detcon_loss` counts a region once and divides by M. LARS undoes that for weights, but not for
+# BN and biases. Table 4 (a) has 16 draws: --num-masks 16.
 GRID1 = dict(num_masks=1)
 B_1000 = dict(lr=3.2, weight_decay=1.5e-6, momentum=0.996)  # A.2, A.3: when training for 1000 epochs
 
@@ -53,10 +52,10 @@ DEMO = dict(
 def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=False):
     """Two random crops of one image, each mirrored half of the time, and `num_masks` masks of each.
 
-    masks(image): the image's masks, [H, W] or [H, W, channels] at any resolution. Returns x1 and x2, uint8
-    [3, size, size]; ids1 and ids2 [M], which regions of the image the masks are; masks1 and masks2 [M, S/32, S/32], the
-    weight of each cell of c5 in them. With a count of 1 there is no x2, and both sets of masks are drawn from x1.
-    keep: also members1 and members2, bool [M, size, size], to look at.
+    masks(image): the image's masks as `shares` takes them, at any resolution. Returns x1 and x2, uint8 [3, size, size];
+    ids1 and ids2 [M], which regions of the image the masks are; masks1 and masks2 [M, S/32, S/32], the weights of the
+    cells of c5 in each mask. With a count of 1 there is no x2, and both sets of masks are drawn from x1. With `keep`
+    also members1 and members2, bool [M, size, size], the pixels of each mask, to look at.
     """
     crops = [common.random_crop(image.size, (0.08, 1.0), rng) for _ in range(count)]
     pictures = image.crop(crops, [size] * count, Image.Resampling.BICUBIC)
@@ -75,43 +74,45 @@ def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=Fals
 
 
 def crop_labels(labels, crop, image_size, size, flip=False):
-    """[size, size, ...]: the nearest labels at the pixels of `crop` (xyxy, pixels of the image) made size x size."""
-    def places(axis):  # 0: across, 1: down
+    """The labels [H, W, ...] of an image cut as the view that shows `crop`: [size, size, ...], nearest neighbors.
+
+    crop: xyxy, in pixels of the image, whose resolution need not be the labels'.
+    """
+    def places(axis):  # 0: columns of `labels` for the columns of the view, 1: rows
         pixels = crop[axis] + (np.arange(size) + 0.5) * (crop[axis + 2] - crop[axis]) / size
         return (pixels * labels.shape[1 - axis] / image_size[axis]).astype(int)
     return labels[places(1)[:, None], places(0)[::-1 if flip else 1]]
 
 
-BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # [256, 8], the bits of a byte
-
-
 def shares(mask, cells, hard=False):
-    """[regions, cells, cells]: the share of each cell of a cells x cells grid that each region covers (Sec. 3.1).
+    """The share of each cell that each region covers (Sec. 3.1), [regions, cells, cells], in a grid of cells x cells.
 
     mask: uint8 [S, S], a label map; or uint8 [S, S, channels], one label map per channel, with region number
     256 * channel + label; or uint16 [S, S], 16 regions that may overlap, one per bit. hard, as in the released code:
     within each label map, a cell belongs entirely to the region that covers most of it.
     """
-    size, bits = len(mask), mask.dtype == np.uint16
-    labels = np.ascontiguousarray(mask).view(np.uint8).reshape(size, size, -1)            # 16 bits are two bytes
-    channels, band = labels.shape[2], np.arange(size) * cells // size
+    size = len(mask)
+    labels = np.ascontiguousarray(mask).view(np.uint8).reshape(size, size, -1)            # 16 bits are two channels
+    channels = labels.shape[2]
+    band = np.arange(size) * cells // size                                                # the cell of a row or column
     cell = (cells * band[:, None] + band)[..., None]                                      # [S, S, 1]
-    place = 256 * (cell + cells ** 2 * np.arange(channels)) + labels                      # [S, S, channels]
+    place = 256 * (cell + cells ** 2 * np.arange(channels)) + labels                      # by channel, cell and label
     counts = np.bincount(place.ravel(), minlength=256 * channels * cells ** 2).reshape(channels, cells ** 2, 256)
-    if bits:
-        counts = (counts @ BITS).swapaxes(0, 1).reshape(1, cells ** 2, 16)
+    if mask.dtype == np.uint16:                                                           # pixels by byte -> by bit
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # [256, 8], of a byte
+        counts = (counts @ bits).swapaxes(0, 1).reshape(1, cells ** 2, 16)
     side = np.bincount(band)                                                              # pixels, about 32
-    share = counts / np.outer(side, side).reshape(-1, 1)                                  # [sets, cells^2, regions]
+    share = counts / np.outer(side, side).reshape(-1, 1)                                  # [maps, cells^2, regions]
     if hard:
         share = (np.arange(share.shape[2]) == share.argmax(axis=2, keepdims=True)) & (share > 0)
     return share.swapaxes(1, 2).reshape(-1, cells, cells)
 
 
 def draw(share, n, rng, one_cell=False):
-    """(ids [n], weights of the cells float32 [n, h, w]): n of the regions that are present, with replacement.
+    """Draws n of the regions that are present, with replacement: (ids [n], weights of the cells float32 [n, h, w]).
 
-    one_cell: all weight lies on one cell, drawn by the shares (Sec. 4.4). If no region is present, the whole view is
-    one, with id -1.
+    share: as `shares` returns it. If no region is present, the whole view is one, with id -1. one_cell: all weight lies
+    on one cell, drawn with the shares as probabilities (Sec. 4.4).
     """
     present = np.flatnonzero(share.any(axis=(1, 2)))
     if not len(present):
@@ -125,27 +126,28 @@ def draw(share, n, rng, one_cell=False):
 
 
 def member(mask, k):
-    """bool [S, S]: the pixels of region k in a mask. mask: as in `shares`; k: an id from `draw`."""
+    """The pixels of region k in a mask, bool [S, S]. mask: as in `shares`; k: an id from `draw`."""
     if mask.dtype == np.uint16:
         return ((mask >> k) & 1) > 0 if k >= 0 else mask == 0
     return mask.reshape(*mask.shape[:2], -1)[..., k // 256] == k % 256
 
 
 class Colors(common.Photometric):
-    """Photometric with the jitter of BYOL's and DetCon's own code.
+    """Photometric with the color jitter of BYOL's and DetCon's own code.
 
-    If torchvision multiplies by 1 + u, u is added to the brightness here. Contrast is about each channel's mean.
-    Saturation is HSV's: (largest - smallest) / largest channel. It is 1 at most, which bounds its factor.
+    Brightness: u is added, if torchvision multiplies by 1 + u. Contrast: about the mean of each channel. Saturation:
+    HSV's, (max - min) / max over a pixel's channels, which cannot exceed 1.
     """
 
     @staticmethod
     def blend(x, op, factor):
         op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+        brightness, saturation = op == 0, op == 2                                         # else contrast
         value, smallest = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)        # [N, 1, H, W]
-        most = torch.minimum(factor, value / (value - smallest).clamp(min=1e-8))
-        anchor = torch.where(op == 2, value, x.mean(dim=(2, 3), keepdim=True))            # [N, 3, H, W]
-        scale = torch.where(op == 2, most, torch.where(op == 0, 1.0, factor))
-        return (torch.lerp(anchor, x, scale) + (factor - 1) * (op == 0)).clamp_(0, 1)
+        bounded = torch.minimum(factor, value / (value - smallest).clamp(min=1e-8))       # saturation 1 at most
+        anchor = torch.where(saturation, value, x.mean(dim=(2, 3), keepdim=True))         # [N, 3, H, W]
+        scale = torch.where(saturation, bounded, torch.where(brightness, 1.0, factor))
+        return (torch.lerp(anchor, x, scale) + (factor - 1) * brightness).clamp_(0, 1)
 
 
 def color_augmentation(variant, view, size):
@@ -161,7 +163,7 @@ def color_augmentation(variant, view, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mask_pool(h, masks):
-    """h_m [N, M, C]: the mean of c5 [N, C, h, w] over each mask, weighted by the cells' weights [N, M, h, w] in it."""
+    """h_m [N, M, C]: the means of c5 [N, C, h, w] over the cells, weighted by each mask [N, M, h, w]."""
     weight = masks / masks.sum(dim=(2, 3), keepdim=True)
     return torch.einsum("nmij,ncij->nmc", weight.to(h.dtype), h)
 
@@ -192,7 +194,7 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
     with torch.autocast(pred1.device.type, enabled=False):
         pred1, pred2, target1, target2 = (F.normalize(x, dim=2)
                                           for x in common.to_float32(pred1, pred2, target1, target2))
-        mine = torch.arange(len(ids1), device=ids1.device)                                # these among all images
+        mine = torch.arange(len(ids1), device=ids1.device)                                # their rows among the targets
         if gather:
             mine = mine + common.rank() * len(ids1)
             target1, target2 = common.all_gather(target1), common.all_gather(target2)     # [world*N, M, D]
@@ -203,8 +205,9 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
 def one_way(pred, other, own, ids, other_ids, mine):
     """Eq. 3 from one view's predictions [N, M, D] to the targets of the `other` and of its `own` view [world*N, M, D].
 
-    mine: [N], which rows of the targets belong to these images. The denominator of Eq. 1 holds all targets of the other
-    view, as in the released code every positive and not just one, and all targets of other regions of the own view.
+    mine: [N], which rows of the targets belong to these images. The sum below the fraction line of Eq. 1 is over all
+    targets of the other view (as in the released code with all positives, not just one), and over all targets of the
+    own view except those of the same region.
     """
     n, m, _ = pred.shape
     image = torch.arange(n, device=pred.device)
@@ -245,18 +248,22 @@ class DetCon(nn.Module):
         if "x2" not in batch:
             masks = [torch.cat(masks, dim=1)]                                             # [N, 2M, S/32, S/32]
         views = [(self.photometric[i](batch[f"x{i + 1}"]), mask) for i, mask in enumerate(masks)]
-        encode = lambda network: [z for view in views for z in network(*view).split(ids1.shape[1], dim=1)]
+
+        def encode(network):
+            """The latents [N, M, dim] of masks1 and of masks2."""
+            return [z for view in views for z in network(*view).split(ids1.shape[1], dim=1)]
+
         pred = target = encode(self.online)                                               # S: v_m and v'_m
         if self.variant == "b":
             pred = [self.predictor(z.flatten(0, 1)).view_as(z) for z in pred]             # B: v_m
             with torch.no_grad():
                 target = encode(self.target)                                              # B: v'_m
-        latents = *pred, *target, ids1, ids2
+        inputs = *pred, *target, ids1, ids2
         if self.negatives:                                                                # Table 5 a
-            parts = zip(*(x.split(self.negatives) for x in latents))
-            loss = torch.stack([detcon_loss(*part, self.temperature, gather=False) for part in parts]).mean()
+            groups = zip(*(x.split(self.negatives) for x in inputs))                      # of so many images each
+            loss = torch.stack([detcon_loss(*group, self.temperature, gather=False) for group in groups]).mean()
         else:
-            loss = detcon_loss(*latents, self.temperature)
+            loss = detcon_loss(*inputs, self.temperature)
         return loss, self.stats(pred[0], target[1], ids1, ids2)
 
     @torch.no_grad()
@@ -289,7 +296,7 @@ class DetCon(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def felzenszwalb(image, scales):
-    """uint8 [H, W], or [H, W, scales]: Felzenszwalb-Huttenlocher segments, with the scale as minimum size.
+    """Felzenszwalb-Huttenlocher segments, with the scale as minimum size: uint8 [H, W], or [H, W, 3] for three scales.
 
     H x W is `common.shrunk_size` of the image's size: the scales are meant for images as large as ImageNet's.
     """
@@ -323,8 +330,8 @@ def mask_path(folder, source, i):
 def read_mask(image, folder, source):
     """The masks of an image, from its PNG.
 
-    8-bit gray or palette: a set of labels; RGB: three sets; 16-bit gray: up to 16 masks that may overlap, one a bit.
-    A mask has the image's size, or 500 pixels as `felzenszwalb` makes it.
+    8-bit gray or palette: a label map; RGB: three label maps; 16-bit gray: up to 16 masks that may overlap, one a bit.
+    The PNG is as large as the image, or as `common.shrunk_size` makes it.
     """
     path = mask_path(folder, source, image.index)
     if not path.exists():
@@ -341,10 +348,13 @@ def read_mask(image, folder, source):
     return mask.astype(np.uint8) if mask.dtype == bool else mask
 
 
+GRIDS = {f"grid{n}": n for n in range(1, 17)}  # n x n squares (Figure 3); a label is a byte, and 16 x 16 is 256
+
+
 def open_masks(args, source, device):
     """(masks(image), what they are): those that --masks asks for, made if they are missing."""
-    if re.fullmatch(r"grid\d+", args.masks):  # n x n squares (Figure 3)
-        n = int(args.masks[4:])
+    if args.masks in GRIDS:
+        n = GRIDS[args.masks]
         squares = np.arange(n * n).astype(np.uint8).reshape(n, n)
         return lambda image: squares, args.masks
     if args.masks == "truth":
@@ -357,7 +367,7 @@ def open_masks(args, source, device):
         folder = Path(args.out, "fh-" + "-".join(map(str, args.fh_scale)))
         make_masks(folder, source, args.fh_scale, device)
     elif not Path(folder).is_dir():
-        common.fail(f"--masks {folder}: no such folder")
+        common.fail(f"--masks {folder}: no such folder; take fh, grid1 to grid16, or a folder of masks")
     some = [mask_path(folder, source, len(source) * k // 16) for k in range(16)]
     content = zlib.crc32(b"".join(path.read_bytes() for path in some if path.is_file()))
     return partial(read_mask, folder=folder, source=source), f"masks {content:08x}"
@@ -370,21 +380,20 @@ def open_masks(args, source, device):
 COLORS = "red lime yellow cyan magenta orange white dodgerblue green purple brown pink".split()
 
 
-def save_views(path, model, batch, source, views, seed):
-    """Write views.png: the views of a few images, each beside its drawn masks; a mask has one color in both views."""
-    again = common.Views(source, partial(views, keep=True), seed)  # the same draws, with the members of each mask
+def save_views(path, model, batch, source, make_views, seed):
+    """Write views.png: the views of a few images, each beside its drawn masks; a region has one color in both views."""
+    again = common.Views(source, partial(make_views, keep=True), seed)  # the same draws, with the pixels of each mask
     items, columns = [again[0, index] for index in batch["index"][:8].tolist()], []
     for i in [i for i in (1, 2) if f"x{i}" in batch]:
-        x = (common.denormalize(model.photometric[i - 1](batch[f"x{i}"])[:8]) * 255).byte().cpu()
-        drawn = [draw_masks(*row) for row in zip(x, [item[f"ids{i}"].tolist() for item in items],
-                                                 [item[f"members{i}"] for item in items])]
-        columns += [x / 255, torch.stack(drawn) / 255]
+        x = common.denormalize(model.photometric[i - 1](batch[f"x{i}"])[:8]).cpu()
+        drawn = [draw_masks(picture, item[f"ids{i}"].tolist(), item[f"members{i}"]) for picture, item in zip(x, items)]
+        columns += [x, torch.stack(drawn)]
     common.save_views(path, *columns)
 
 
 def draw_masks(picture, ids, members):
-    """A picture uint8 [3, S, S] with its masks: members, bool [M, S, S]; the color of each tells its id."""
-    mask_of = dict(zip(ids, members))  # one drawn twice, once
+    """A picture [3, S, S] in [0, 1] with its masks: ids [M], members bool [M, S, S]. A color stands for an id."""
+    mask_of = dict(zip(ids, members))  # a region drawn twice, once
     colors = [COLORS[k % len(COLORS)] for k in mask_of]
     return draw_segmentation_masks(picture, torch.stack([*mask_of.values()]), 0.6, colors)
 
@@ -420,8 +429,6 @@ def arguments():
     args = parser.parse(variant)
     if args.masks == "truth" and args.data is not None:
         common.fail("--masks truth is for the drawn shapes: take fh, gridN or a folder of masks")
-    if re.fullmatch(r"grid\d+", args.masks) and not 1 <= int(args.masks[4:]) <= 16:
-        common.fail(f"--masks {args.masks}: take grid1 to grid16, since a label is a byte and grid16 has 256 squares")
     if args.variant == "s" and args.momentum is not None:
         common.fail("--momentum is for --variant b: DetCon-S has no target network")
     images = args.batch_size // common.world_size()
