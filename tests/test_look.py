@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 import common
+import detcon
 import dupr
 import moco
 import soco
@@ -149,6 +150,17 @@ def test_lines_join_a_patch_with_its_match_green_where_it_is_right():
     assert sheet.getpixel((10, 50)) == sheet.getpixel((40, 50)) == (255, 48, 48)
 
 
+def test_views_of_a_large_jpeg_are_as_sharp_as_those_of_a_png(tmp_path):
+    """Eight pairs of views are drawn. A JPEG that was decoded small for the first pair would stay small for all."""
+    noise = np.random.default_rng(0).integers(256, size=(1500, 2000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "b.png")
+    source = common.ImageFolder(tmp_path)
+    for seed in range(3):
+        jpeg, png = (look.overlapping_views(source.image(i), np.random.default_rng(seed), 224, 0.05) for i in (0, 1))
+        assert torch.equal(jpeg["x_q"], png["x_q"]) and torch.equal(jpeg["box_k"], png["box_k"])
+
+
 # --- IoU and similarity ----------------------------------------------------------------------------------------------
 
 def test_rois_have_the_ious_told_from_0_to_1():
@@ -168,6 +180,16 @@ def test_similarity_is_1_of_the_object_itself_and_the_mean_cosine_over_places_of
     slow = [[F.cosine_similarity(q[i, :, y, x], k[i, :, y, x], dim=0) for y in range(14) for x in range(14)]
             for i in range(2)]
     assert torch.allclose(values[:, 1], torch.tensor(slow).mean(dim=1), atol=1e-6)
+
+
+def test_a_proposal_outside_the_image_is_no_object():
+    image = common.LazyImage(Image.new("RGB", (100, 80)), 0)
+    proposals = np.array([[120.0, 10, 150, 40], [90, 70, 120, 100]])        # as it is drawn at 50: nothing, and a corner
+    for seed in range(8):
+        batch = look.object_and_rois(image, np.random.default_rng(seed), lambda image, rng: proposals, 50)
+        assert torch.equal(batch["boxes"][0], torch.tensor([45.0, 43.75, 50, 50])) and batch["iou"].isfinite().all()
+        batch = look.object_and_rois(image, np.random.default_rng(seed), lambda image, rng: proposals[:1], 50)
+        assert torch.equal(batch["boxes"][0], torch.tensor([0.0, 0, 50, 50]))
 
 
 # --- Proposals, masks ------------------------------------------------------------------------------------------------
@@ -210,6 +232,30 @@ def test_masks_lie_on_what_they_are_masks_of(tmp_path, monkeypatch):
     assert (own[truth][0] != own[~truth][0]).any()
     assert len(np.unique(grid[~truth], axis=0)) == 9 and (grid[:84, :84] == grid[0, 0]).all()
     assert (grid[0, 0] != grid[0, 90]).any()
+
+
+def test_segments_and_proposals_are_those_of_training_although_the_image_is_drawn_too(tmp_path):
+    """A JPEG keeps the scale at which it was first decoded, here too small for the one and too large for the other."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(256, size=(20, 20, 3), dtype=np.uint8)).resize((800, 800))
+    small.save(tmp_path / "a.jpg")
+    source = common.ImageFolder(tmp_path)
+    image = source.image(0)
+    look.square_view(image, rng, 256)
+    segments = look.open_masks("fh", source)(image)
+    assert np.array_equal(segments, detcon.felzenszwalb(source.image(0), detcon.PAPER["fh_scale"]))
+    args = argparse.Namespace(proposals="search", data=tmp_path)
+    image, expected = source.image(0), look.square_view(source.image(0), rng, 448)["view"]
+    boxes = look.open_proposals(args, source, "cpu")(image, rng)
+    assert len(boxes) and np.array_equal(boxes, soco.find_objects(source, 0))
+    assert torch.equal(look.square_view(image, rng, 448)["view"], expected)
+
+
+def test_a_file_without_a_box_has_no_histogram(tmp_path, monkeypatch, pictures):
+    source = common.open_folder(pictures)
+    soco.save_proposals(tmp_path / "boxes.npz", source, [np.zeros((0, 4))] * len(source))
+    sheet = drawn(tmp_path, monkeypatch, "proposals", "--data", pictures, "--proposals", tmp_path / "boxes.npz")
+    assert sheet.height == 26 + 4 * 256 + 3 * 8
 
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
@@ -281,10 +327,13 @@ def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_pat
     ("curves {log} --stats speed", "not in the logs"),
     ("curves {log} --out nowhere/a.png", "in a folder that exists"),
     ("curves {log} --out a.xyz", "it must be a picture"),
+    ("curves {log} --out a.psd", "it must be a picture"),
+    ("curves bare.jsonl", "is empty"),
     ("", "required"),
 ])
 def test_what_cannot_be_drawn_ends_with_one_line_and_2(argv, words, monkeypatch, capsys, runs, pictures, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare.jsonl").write_text('{"epoch": 0, "step": 1}\n')
     paths = {"moco": runs["moco"] / "last.pt", "soco": runs["soco"] / "last.pt", "log": runs["moco"] / "log.jsonl",
              "data": pictures}
     assert run_script(look, monkeypatch, *[word.format(**paths) for word in argv.split()]) == 2

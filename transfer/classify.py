@@ -372,8 +372,8 @@ def protocol_defaults(args):
 
 def arguments():
     parser = common.Parser(__doc__, DEFAULTS)
-    convert.add_init(parser)
     add = parser.own.add_argument
+    convert.add_init(add)
     add("--data", metavar="DIR", help="train/ and val/ with a folder for each class; svm: or VOC2007")
     add("--train", nargs=2, metavar=("IMAGES", "JSON"),
         help="objects, supervised: a folder, and COCO annotations of images below it")

@@ -97,10 +97,9 @@ def write(path, tensors, to):
 
 # --- What the other scripts start from -------------------------------------------------------------------------------
 
-def add_init(parser):
-    """Add the flags --init, --part and --arch."""
-    add = parser.own.add_argument
-    add("--init", required=True, metavar="WHAT",
+def add_init(add, nargs=None):
+    """Add the flags --init, --part and --arch. add: a parser's add_argument; nargs: of --init."""
+    add("--init", required=True, metavar="WHAT", nargs=nargs,
         help="last.pt of one of the five methods; what the authors of MoCo, DetCo or SoCo released; torchvision's "
         "weights of a ResNet; Detectron2's .pkl; or: random, or random0, as SoCo and DetCon begin: the last BN gamma "
         "of each residual block is 0")

@@ -170,8 +170,8 @@ def evaluate(detector, source, truth, args, device):
 
 def arguments():
     parser = common.Parser(__doc__, DEFAULTS)
-    convert.add_init(parser)
     add = parser.own.add_argument
+    convert.add_init(add)
     count = common.bounded(int, 1)
     add("--train", nargs=2, required=True, metavar=("IMAGES", "JSON"),
         help="folder, and COCO annotations of images below it")

@@ -1,19 +1,20 @@
-"""The papers' figures, from any checkpoints and any folder of images; without --data, from the demos' drawn shapes.
+"""Draws the papers' figures for any checkpoints and any folder of images, or for drawn shapes if no --data is given.
 
-    python transfer/look.py attention --init runs/detco/last.pt runs/moco/last.pt   where c5 is active: DetCo Fig. 5, 6
+    python transfer/look.py attention --init runs/detco/last.pt runs/moco/last.pt   where c5 is active: DetCo, Fig. 5, 6
     python transfer/look.py neighbors --init runs/detco/last.pt --data DIR          the nearest images: DetCo, Figure 7
-    python transfer/look.py patches --init runs/dupr/last.pt runs/moco/last.pt       patches found again: DUPR, Figure 7
-    python transfer/look.py iou --init runs/dupr/last.pt runs/moco/last.pt          do features tell places: DUPR Fig. 6
-    python transfer/look.py proposals --data DIR --proposals boxes.npz               SoCo, Figures 2, 3, and its views
-    python transfer/look.py masks --data DIR --masks grid5 fh                        DetCon, Figure 3
-    python transfer/look.py curves runs/moco runs/dupr --stats loss knn              what log.jsonl holds
+    python transfer/look.py patches --init runs/dupr/last.pt runs/moco/last.pt      patches found again: DUPR, Figure 7
+    python transfer/look.py iou --init runs/dupr/last.pt runs/moco/last.pt          similarity by IoU: DUPR, Figure 6
+    python transfer/look.py proposals --data DIR --proposals boxes.npz              SoCo, Figures 2, 3, and its views
+    python transfer/look.py masks --data DIR --masks grid5 fh                       DetCon, Figure 3
+    python transfer/look.py curves runs/moco runs/dupr --stats loss knn             what log.jsonl holds
 
-Each command writes one picture, --out; the same --seed gives the same picture. --init takes one or more networks to
+Each command writes one picture, --out. The same --seed gives the same picture. --init takes one or more networks to
 compare: last.pt of a method, torchvision's weights of a ResNet, or the word random.
 """
 import argparse
 import math
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ import detcon  # noqa: E402
 import dupr  # noqa: E402
 import soco  # noqa: E402
 from transfer import convert  # noqa: E402
-from transfer.page import SIDE, boxed, chart, heated, lay, linked, picture, table, titled  # noqa: E402
+from transfer.page import SIDE, boxed, chart, heated, histogram, lay, linked, picture, table, titled  # noqa: E402
 
 MASK_COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]
 
@@ -39,9 +40,9 @@ MASK_COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {9
 # --- Networks and images ---------------------------------------------------------------------------------------------
 
 def networks(args, device):
-    """{name: backbone} for each --init.
+    """{name: backbone}, one for each --init.
 
-    Fills in --size: `args.times` the largest view size that one of them was trained with, or 224 if none is known.
+    Fills in --size: `args.times` the largest size of views that one of them was trained with, or 224 if none tells.
     """
     found, sizes = {}, []
     for init in args.init:
@@ -58,12 +59,12 @@ def networks(args, device):
 
 
 def stage_output(network, views, stage):
-    """c2, c3, c4 or c5 of uint8 views [N, 3, S, S], not augmented: [N, C, S/stride, S/stride]."""
+    """c2, c3, c4 or c5 of uint8 views [N, 3, S, S], whose colors stay as they are: [N, C, S/stride, S/stride]."""
     return network(common.Photometric().to(views.device)(views), stage - 1)[-1]
 
 
 def open_images(args, single=False):
-    """The images of --data, or drawn shapes. single: with one object each."""
+    """The images of --data, or drawn shapes, one in each image if `single`."""
     if args.data is None:
         return common.Shapes(args.shapes, args.size, args.seed, single).draw_all()
     if "truth" in (getattr(args, "proposals", None), *(getattr(args, "masks", None) or ())):
@@ -72,29 +73,34 @@ def open_images(args, single=False):
 
 
 def pick(args, source):
-    """The numbers of --images random images, [n]."""
+    """The numbers of --images random images: [n]."""
     return np.random.default_rng((5, args.seed)).permutation(len(source))[:args.images]
 
 
 def load(args, source, view, images, device, collate=None):
-    """One batch: `view` of all `images`."""
+    """One batch on the device: `view` of each of the `images`, which are numbers."""
     batches = common.in_batches(images, len(images))
     return next(iter(common.Loader(source, view, batches, 0, device, args.seed, collate)))
 
 
 def square_view(image, rng, size, center=False):
-    """The whole image made square, as SoCo's V1; or its center crop, as for kNN."""
+    """The whole image made square, as SoCo's V1 is, or its center crop, as kNN takes it."""
     crop = common.center_crop(image.size) if center else (0, 0, *image.size)
     return {"view": common.to_tensor(image.crop([crop], [size])[0])}
 
 
+def recolored(views, colors):
+    """uint8 views [N, 3, S, S] after a method's color augmentation."""
+    return (common.denormalize(colors.to(views.device)(views)) * 255).byte()
+
+
 def open_proposals(args, source, device):
-    """proposals(image, rng) -> [n, 4] xyxy pixels of the image."""
+    """The function proposals(image, rng), which gives boxes [n, 4] in xyxy pixels of the image."""
     kind = args.proposals or ("truth" if args.data is None else args.otherwise)
     if kind == "search":
         common.need_opencv("--proposals search", "--proposals random")
-        return lambda image, rng: soco.filter_proposals(soco.selective_search(image), image.size)
-    if kind in ("random", "truth"):
+        return lambda image, rng: soco.find_objects(source, image.index)
+    if kind in ("random", "truth", "whole"):
         return soco.open_proposals(argparse.Namespace(proposals=kind), source, device)[0]
     return soco.read_proposals(kind, source)
 
@@ -102,7 +108,7 @@ def open_proposals(args, source, device):
 # --- Attention (DetCo, Sec. 6.3.1) -----------------------------------------------------------------------------------
 
 def attention_maps(c, stride, size):
-    """[N, size, size] in [0, 1]: the mean of c [N, C, h, w] over its channels, bilinearly enlarged to the view.
+    """[N, size, size] in [0, 1]: the mean of c [N, C, h, w] over its channels, enlarged to the size of the view.
 
     A cell covers stride x stride pixels. The last one may reach beyond the view.
     """
@@ -113,6 +119,7 @@ def attention_maps(c, stride, size):
 
 
 def attention(args, device):
+    """Where a stage is active: the mean of its channels as a heat map."""
     nets = networks(args, device)
     source = open_images(args)
     views = load(args, source, partial(square_view, size=args.size, center=True), pick(args, source), device)["view"]
@@ -125,10 +132,11 @@ def attention(args, device):
 
 # --- Nearest neighbors (DetCo, Sec. 6.3.2) ---------------------------------------------------------------------------
 
+@common.exact_products()
 def nearest(rows, queries, k):
-    """[Q, k]: the numbers of the rows most similar to each query, itself left out.
+    """[Q, k]: the numbers of the other rows that are most similar to each query, the best first.
 
-    rows: [N, C], L2-normalized; queries: [Q], the numbers of rows.
+    rows: [N, C], L2-normalized; queries: [Q], numbers of rows.
     """
     similarity = rows[queries] @ rows.T
     similarity[torch.arange(len(queries)), queries] = -2
@@ -136,93 +144,95 @@ def nearest(rows, queries, k):
 
 
 def neighbors(args, device):
+    """The images with the most similar features. A green frame: they are of the query's folder. Red: they are not."""
     nets = networks(args, device)
     source = open_images(args, single=True)
     if len(source) < 2:
         common.fail("one image has no neighbors")
     queries = pick(args, source)
-    classes = [os.path.dirname(source.name(i)) if args.data else i % len(common.SHAPE_CLASSES)
-               for i in range(len(source))]
     found = {}
     for name, network in nets.items():
         batches = common.extract_features(network, source, range(len(source)), args.size, device, args.workers,
                                           args.stage)
         rows = torch.cat([rows for _, rows in batches])                                   # [N, C]
         found[name] = nearest(rows, torch.from_numpy(queries).to(device), args.k).tolist()
-
-    def line(query, near):
-        """The query and its neighbors side by side, in frames that tell whether the class is the same."""
-        images = [query, *near]
-        views = load(args, source, partial(square_view, size=SIDE // 2, center=True), images, device)["view"]
-        colors = {True: "#00a000", False: "#d00000"} if len(set(classes)) > 1 else {}
-        inks = ["white", *(colors.get(classes[i] == classes[query], "white") for i in near)]
-        return lay([ImageOps.expand(picture(x, SIDE // 2), 4, ink) for x, ink in zip(views, inks)], gap=0)
-
-    lines = [titled(line(query, found[name][n]), f"{name}, c{args.stage}")
-             for n, query in enumerate(queries) for name in nets]
+    if args.data:
+        classes = [os.path.dirname(source.name(i)) for i in range(len(source))]
+    else:
+        classes = source.labels()[0].tolist()
+    one_class, view = len(set(classes)) == 1, partial(square_view, size=SIDE // 2, center=True)
+    lines = []
+    for n, query in enumerate(queries):
+        for name in nets:
+            near = found[name][n]
+            views = load(args, source, view, [query, *near], device)["view"]
+            colors = ["#00a000" if classes[i] == classes[query] else "#d00000" for i in near]
+            colors = ["white"] + (["white"] * len(near) if one_class else colors)
+            line = [ImageOps.expand(picture(x, SIDE // 2), 4, color) for x, color in zip(views, colors)]
+            lines.append(titled(lay(line, gap=0), f"{name}, c{args.stage}"))
     return lay(lines, down=True, gap=2)
 
 
 # --- Correspondence (DUPR, Sec. 4.6.2) -------------------------------------------------------------------------------
 
+@common.exact_products()
 def matches(q, k):
-    """[N, h*w]: the number of the patch of view k that is most similar to each patch of view q, row by row.
+    """[N, h*w]: the number of the patch of view k that is most similar to each patch of view q.
 
-    q, k: features [N, C, h, w].
+    q, k: features [N, C, h, w]. Patches are numbered row by row.
     """
     q, k = (F.normalize(x.float().flatten(2), dim=1) for x in (q, k))                     # [N, C, h*w]
     return (q.mT @ k).argmax(dim=2)
 
 
 def counterparts(points, box_q, box_k, turned):
-    """(where view k shows the `points` [P, 2] of view q: [N, P, 2]; whether it shows them at all: bool [N, P]).
+    """(where points of view q are in view k [N, P, 2]; which of them view k shows, bool [N, P]).
 
-    A point is x and y in pixels. box_q, box_k: [N, 1, 4], the intersection in pixels of each view; turned: bool [N],
-    whether only one of the views is mirrored.
+    points: [P, 2], x and y in pixels; box_q, box_k: [N, 1, 4], the intersection in pixels of each view; turned: bool
+    [N], true if only one of the two views is mirrored.
     """
     share = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])  # 0 to 1 across the intersection
     visible = ((share >= 0) & (share <= 1)).all(dim=2)
     mirrored = torch.stack([1 - share[..., 0], share[..., 1]], dim=2)
     share = torch.where(turned[:, None, None], mirrored, share)
-    return box_k[..., :2] + share * (box_k[..., 2:] - box_k[..., :2]), visible
+    return torch.lerp(box_k[..., :2], box_k[..., 2:], share), visible
 
 
 def overlapping_views(image, rng, size, min_area):
-    """Two views as `dupr.two_views` draws them, the first of eight draws that share a quarter of each view.
-
-    If none shares so much, the draw that shares most.
+    """Two views of `dupr.two_views`: of eight pairs, the first that shares a quarter of each view, or else the one
+    that shares most.
     """
     def overlap(batch):
         areas = [(batch[box][0, 2:] - batch[box][0, :2]).prod() / size ** 2 for box in ("box_q", "box_k")]
         return batch["overlap"] * min(0.25, *areas)
 
+    image.decode()  # in full: an image that was decoded at a smaller scale stays small
     return max((dupr.two_views(image, rng, size, min_area) for _ in range(8)), key=overlap)
 
 
 def patches(args, device):
+    """The most similar patch of another view for each patch of a view. A green line: it is the same place."""
     nets = networks(args, device)
-    source, stride = open_images(args), 2 ** args.stage
+    source, stride, scale = open_images(args), 2 ** args.stage, SIDE / args.size
     view = partial(overlapping_views, size=args.size, min_area=args.min_area)
     batch = load(args, source, view, pick(args, source), device)
-    turned = batch["flip_q"] ^ batch["flip_k"]
     common.seed_everything(args.seed)
-    colors = dupr.color_augmentation().to(device)
-    views = [(common.denormalize(colors(batch[x])) * 255).byte() for x in ("x_q", "x_k")]
+    views = [recolored(batch[x], dupr.color_augmentation()) for x in ("x_q", "x_k")]
     grid = torch.arange(-(-args.size // stride), device=device)                           # patches along a side
     points = (torch.cartesian_prod(grid, grid).flip(1) + 0.5) * stride                    # centers, x and y: [P, 2]
-    truth, shared = counterparts(points, batch["box_q"], batch["box_k"], turned)
+    truth, shared = counterparts(points, batch["box_q"], batch["box_k"], batch["flip_q"] ^ batch["flip_k"])
     shared &= batch["overlap"][:, None]                                                   # [N, P]
-    every = -(-len(grid) // 8)
-    some = grid % every == every // 2
-    drawn = shared & (some[:, None] & some).flatten()                                     # at most 8 x 8 lines a pair
-    columns, scale = {}, SIDE / args.size
+    step = -(-len(grid) // 8)                                                             # at most 8 x 8 lines a pair
+    chosen = grid % step == step // 2
+    drawn = shared & (chosen[:, None] & chosen).flatten()
+    columns = {}
     for name, network in nets.items():
         matched = points[matches(*(stage_output(network, x, args.stage) for x in views))]  # [N, P, 2]
         found = ((matched - truth).abs().amax(dim=2) <= stride) & shared                  # at most one patch off
         column = []
-        for left, right, ends, good, lines in zip(*views, matched, found, drawn):
-            starts, ends = (points[lines] * scale).cpu(), (ends[lines] * scale).cpu()
-            column.append(linked(picture(left), picture(right), starts, ends, good[lines]))
+        for left, right, ends, right_place, lines in zip(*views, matched, found, drawn):
+            starts, ends = points[lines] * scale, ends[lines] * scale
+            column.append(linked(picture(left), picture(right), starts, ends, right_place[lines]))
         share = found.sum() / shared.sum().clamp(min=1)
         columns[f"{name}, c{args.stage}: {share:.0%} of shared patches found"] = column
     return table(columns)
@@ -231,7 +241,7 @@ def patches(args, device):
 # --- IoU and similarity (DUPR, Sec. 4.6.1) ---------------------------------------------------------------------------
 
 def rois_near(box, size, n, rng):
-    """(boxes [n, 4] in a view of `size`, their IoU with `box` [n]), chosen so that IoUs rise evenly from 0 to 1."""
+    """(boxes [n, 4] in a view of `size`; their IoUs with `box` [n], which rise evenly from 0 to 1)."""
     reach = rng.uniform(0, 1, (4000, 1))
     center, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     center = center + reach * rng.normal(0, 0.7, (4000, 2)) * side
@@ -245,99 +255,99 @@ def rois_near(box, size, n, rng):
 
 
 def object_and_rois(image, rng, proposals, size, n=20):
-    """view: the image made square; boxes: [1 + n, 4] in its pixels, an object and n RoIs near it; iou: theirs, [n]."""
-    boxes = np.asarray(proposals(image, rng), float)
-    frame = np.array([0, 0, *image.size], float)
-    box = common.to_view(boxes[rng.integers(len(boxes))] if len(boxes) else frame, frame, size).clip(0, size)
+    """view: the image made square; boxes: [1 + n, 4] in its pixels, an object and n RoIs near it; iou: [n], how much
+    they overlap it. The object is a random proposal, or the whole image if there is none.
+    """
+    boxes = common.to_view(proposals(image, rng), np.array([0.0, 0, *image.size]), size).clip(0, size)
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
+    box = boxes[rng.integers(len(boxes))] if len(boxes) else np.array([0.0, 0, size, size])
     rois, iou = rois_near(box, size, n, rng)
     return {**square_view(image, rng, size), "boxes": torch.from_numpy(np.stack([box, *rois])).float(),
-            "iou": torch.from_numpy(iou)}
+            "iou": torch.from_numpy(iou).float()}
 
 
 def similarity(c, boxes, stride):
-    """[N, n]: how similar n RoIs are to an object (Eq. 9), from features [N, C, h, w] and boxes [N, 1 + n, 4].
+    """[N, n]: how similar n RoIs are to an object (Eq. 9), with an S of 14, as in the paper for c4.
 
-    The object's box comes first. S is 14, the paper's for c4.
+    c: features [N, C, h, w]; boxes: [N, 1 + n, 4], of which the first is the object's.
     """
-    pooled = F.normalize(common.roi_align(c, boxes, 14, stride), dim=1)
-    pooled = pooled.unflatten(0, boxes.shape[:2])                                         # [N, 1 + n, C, S, S]
-    return (pooled[:, :1] * pooled[:, 1:]).sum(dim=2).mean(dim=(2, 3))
+    pooled = common.roi_align(c, boxes, 14, stride).unflatten(0, boxes.shape[:2])         # [N, 1 + n, C, S, S]
+    return F.cosine_similarity(pooled[:, :1], pooled[:, 1:], dim=2).mean(dim=(2, 3))
 
 
 def iou(args, device):
+    """How similar an object and the RoIs near it are, at each IoU."""
     nets = networks(args, device)
     source = open_images(args)
     view = partial(object_and_rois, proposals=open_proposals(args, source, device), size=args.size)
     images, rows, first = pick(args, source), [], None
-    batches = common.in_batches(images, 16)
-    for batch in common.Loader(source, view, batches, args.workers, device, args.seed):
+    for batch in common.Loader(source, view, common.in_batches(images, 16), args.workers, device, args.seed):
         stages = [stage_output(network, batch["view"], args.stage) for network in nets.values()]
         values = [similarity(c, batch["boxes"], 2 ** args.stage) for c in stages]
-        rows.append(torch.stack([batch["iou"].float(), *values], dim=2))                  # [N, 20, 1 + networks]
+        rows.append(torch.stack([batch["iou"], *values], dim=2))                          # [N, 20, 1 + networks]
         first = first or batch
     points = torch.cat(rows).flatten(0, 1).cpu()                                          # [images * 20, 1 + networks]
     group = (points[:, 0] * 19).round()
     ious, *similarities = torch.stack([points[group == k].mean(dim=0) for k in group.unique()]).T.tolist()
-    lines = {name: (ious, values) for name, values in zip(nets, similarities)}
-    examples = []
-    for k in (6, 11, 16):
+    title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(images)} images"
+    charts = [chart(title, {name: (ious, values) for name, values in zip(nets, similarities)}, "IoU")]
+    for k in (6, 11, 16):                                                                 # RoIs of the first image
         boxes = first["boxes"][0, [k + 1, 0]] * (SIDE / args.size)
         example = boxed(picture(first["view"][0]), boxes, ["#60b0ff", "red"])
-        examples.append(titled(example, f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}"))
-    title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(images)} images"
-    return lay([chart(title, lines, "IoU"), *examples])
+        charts.append(titled(example, f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}"))
+    return lay(charts)
 
 
 # --- Proposals and views (SoCo, Figures 2, 3) ------------------------------------------------------------------------
 
 def proposals_and_views(image, rng, proposals, sizes, num_proposals):
-    """view: the image made square; ten: ten of its proposals [10, 4], or zeros if there are fewer; and SoCo's views."""
-    boxes, size = np.asarray(proposals(image, rng), float), sizes[0]
-    ten = common.to_view(rng.permutation(boxes)[:10], np.array([0, 0, *image.size], float), size).clip(0, size)
-    ten = np.pad(ten, ((0, 10 - len(ten)), (0, 0)))
+    """view: the image made square; sample: up to ten of its proposals, [n, 4] in pixels of `view`; and SoCo's views."""
+    boxes, frame = np.asarray(proposals(image, rng), float), np.array([0.0, 0, *image.size])
+    sample = common.to_view(rng.permutation(boxes)[:10], frame, sizes[0]).clip(0, sizes[0])
     views = soco.object_views(image, rng, lambda *_: boxes, sizes, num_proposals, jitter_p=soco.PAPER["jitter"])
-    return {**square_view(image, rng, size), "ten": torch.from_numpy(ten), **views}
+    return {**square_view(image, rng, sizes[0]), "sample": torch.from_numpy(sample), **views}
 
 
 def proposals(args, device):
+    """Proposals, and SoCo's views with the same boxes and their levels."""
     source, size = open_images(args), args.size
     scale, sizes = SIDE / size, [size, size, size // 2, size * 6 // 7][:args.views]  # SoCo's 224, 224, 112, 192
     boxes_of = open_proposals(args, source, device)
     view = partial(proposals_and_views, proposals=boxes_of, sizes=sizes, num_proposals=args.num_proposals)
-    batch, inks = load(args, source, view, pick(args, source), device), soco.COLORS * max(2, args.num_proposals)
-    columns = {"proposals": [boxed(picture(x), ten[ten[:, 2] > 0] * scale, inks)
-                             for x, ten in zip(batch["view"], batch["ten"])]}
+    batch = load(args, source, view, pick(args, source), device, common.collate_lists)
+    colors = soco.COLORS * max(2, args.num_proposals)
+    columns = {"proposals": [boxed(picture(x), boxes * scale, colors)
+                             for x, boxes in zip(batch["view"], batch["sample"])]}
     common.seed_everything(args.seed)
     for i, side in enumerate(sizes, start=1):
-        views = common.denormalize(soco.color_augmentation(i, size).to(device)(batch[f"view{i}"]))
-        boxes = batch[f"boxes{i}"]
-        labels = [[f"P{2 + level}" for level in row] for row in soco.assign_levels(boxes, size)]
-        columns[f"V{i}"] = [boxed(picture(x, SIDE * side // size), own * scale, inks, words)
-                            for x, own, words in zip((views * 255).byte(), boxes, labels)]
-    if args.data is None or not isinstance(boxes_of, soco.Proposals):
+        views, column = recolored(torch.stack(batch[f"view{i}"]), soco.color_augmentation(i, size)), []
+        for x, boxes in zip(views, batch[f"boxes{i}"]):
+            labels = [f"P{2 + level}" for level in soco.assign_levels(boxes, size)]
+            column.append(boxed(picture(x, SIDE * side // size), boxes * scale, colors, labels))
+        columns[f"V{i}"] = column
+    all_boxes = getattr(boxes_of, "boxes", ())  # of a file
+    if args.data is None or not len(all_boxes):
         return table(columns)
-    sides = (boxes_of.boxes[:, 2:] - boxes_of.boxes[:, :2]).astype(float)
-    figure_3 = {"proposals an image": np.diff(boxes_of.offsets), "sqrt(wh) of a proposal": np.sqrt(sides.prod(axis=1))}
-    charts = []
-    for name, values in figure_3.items():
-        share, edges = np.histogram(values, 20, weights=np.full(len(values), 1 / len(values)))
-        charts.append(chart(f"Share; mean {values.mean():.3g}", {"": ((edges[1:] + edges[:-1]) / 2, share)}, name))
-    return lay([table(columns), lay(charts)], down=True)
+    sides = (all_boxes[:, 2:] - all_boxes[:, :2]).astype(float)
+    figure_3 = [histogram(np.diff(boxes_of.offsets), "proposals an image"),
+                histogram(np.sqrt(sides.prod(axis=1)), "sqrt(wh) of a proposal")]
+    return lay([table(columns), lay(figure_3)], down=True)
 
 
 # --- Masks (DetCon, Figure 3) ----------------------------------------------------------------------------------------
 
 def open_masks(kind, source):
-    """masks(image) as in detcon.py, but fh segments the image at once and makes no file."""
+    """The function masks(image), as detcon.py has it. With fh it segments the image at once and makes no file."""
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
-        return lambda image: detcon.felzenszwalb(image, detcon.PAPER["fh_scale"])
-    if kind not in ("truth", *(f"grid{n}" for n in range(1, 17))) and not Path(kind).is_dir():
+        return lambda image: detcon.felzenszwalb(source.image(image.index), detcon.PAPER["fh_scale"])
+    if not re.fullmatch("truth|grid([1-9]|1[0-6])", kind) and not Path(kind).is_dir():
         common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
     return detcon.open_masks(argparse.Namespace(masks=kind), source, None)[0]
 
 
 def masks(args, device):
+    """DetCon's masks, a column for each way to make them."""
     source = open_images(args)
     kinds = args.masks or ["grid5", "fh"] + ["truth"] * (args.data is None)
     masks_of = {kind: open_masks(kind, source) for kind in kinds}
@@ -346,12 +356,9 @@ def masks(args, device):
         batch = square_view(image, rng, SIDE)
         for kind in kinds:
             labels = detcon.crop_labels(masks_of[kind](image), (0, 0, *image.size), image.size, SIDE)
-            if labels.dtype == np.uint16:
-                members = [labels >> k & 1 > 0 for k in range(16)]
-            else:
-                labels = labels if labels.ndim == 2 else labels[..., 0]                   # the first scale of several
-                members = [labels == k for k in np.unique(labels)]
-            batch[kind] = torch.from_numpy(np.stack(members))                             # [masks, S, S]
+            first = labels if labels.ndim == 2 else labels[..., 0]                        # of several scales
+            ids = range(16) if labels.dtype == np.uint16 else np.unique(first).tolist()
+            batch[kind] = torch.from_numpy(np.stack([detcon.member(first, k) for k in ids]))  # [masks, S, S]
         return batch
 
     batch = load(args, source, view, pick(args, source), torch.device("cpu"), common.collate_lists)
@@ -365,22 +372,23 @@ def masks(args, device):
 # --- Training curves -------------------------------------------------------------------------------------------------
 
 def curves(args, device):
+    """What log.jsonl holds, a chart for each stat."""
     paths = [Path(path, "log.jsonl") if Path(path).is_dir() else Path(path) for path in args.logs]
     names = [path.resolve().parent.name for path in paths]
     logs = dict(zip(names if len(set(names)) == len(names) else args.logs, map(common.read_log, paths)))
-    if not all(logs.values()):
+    available = sorted({stat for rows in logs.values() for row in rows for stat in row} - {"epoch", "step"})
+    if not all(logs.values()) or not available:
         common.fail("a log.jsonl is empty")
-    held = sorted({stat for rows in logs.values() for row in rows for stat in row} - {"epoch", "step"})
     charts = []
-    for stat in args.stats or [stat for stat in ("loss", "accuracy", "knn") if stat in held] or held:
+    for stat in args.stats or [stat for stat in ("loss", "accuracy", "knn") if stat in available] or available:
         lines = {}
         for name, rows in logs.items():
-            points = [(row["step"], row[stat]) for row in rows if isinstance(row.get(stat), (int, float))]
-            points = [(step, value) for step, value in points if math.isfinite(value)]
+            points = [(row["step"], row[stat]) for row in rows
+                      if isinstance(row.get(stat), (int, float)) and math.isfinite(row[stat])]
             if points:
                 lines[name] = tuple(zip(*points))
         if not lines:
-            common.fail(f"--stats {stat}: not in the logs, which have {', '.join(held)}")
+            common.fail(f"--stats {stat}: not in the logs, which have {', '.join(available)}")
         charts.append(chart(stat, lines, "step"))
     return lay([lay(charts[k:k + 3]) for k in range(0, len(charts), 3)], down=True)
 
@@ -392,9 +400,12 @@ def arguments():
     parser.error = lambda message: common.fail(f"{message} (see --help)")
     commands, count = parser.add_subparsers(required=True, metavar="PICTURE"), common.bounded(int, 1)
 
-    def command(draw, text, images=4, stage=None, aliases=(), **settings):
-        """Add a command and return its add_argument. stage: the default of --stage, if the command needs networks."""
-        own = commands.add_parser(draw.__name__, aliases=aliases, help=text, description=text)
+    def command(draw, images=4, stage=None, aliases=(), **settings):
+        """Add the command `draw` and return its add_argument. stage: the default of --stage, if it needs networks.
+
+        settings: `shapes`, how many are drawn without --data; `times`, how much larger views are than in training.
+        """
+        own = commands.add_parser(draw.__name__, aliases=aliases, help=draw.__doc__, description=draw.__doc__)
         own.error = parser.error
         own.set_defaults(draw=draw, **settings)
         add = own.add_argument
@@ -404,36 +415,30 @@ def arguments():
             add("--images", type=count, default=images, help="how many, drawn at random (default: %(default)s)")
             add("--seed", type=common.bounded(int, 0), default=0, help="of every random draw (default: 0)")
         if stage:
-            add("--init", nargs="+", required=True, metavar="WHAT", help="files of weights, as classify.py's; random")
-            add("--part", choices=convert.PARTS, default="online", help="which network (default: online)")
-            add("--arch", help="of random (default: resnet50)")
+            convert.add_init(add, nargs="+")
             add("--stage", type=int, choices=[2, 3, 4, 5], default=stage, help="c2 to c5 (default: %(default)s)")
             add("--size", type=common.bounded(int, 32),
                 help=f"side of a view in pixels (default: {settings['times']} x that in training)")
         return add
 
-    command(attention, "where a stage is active: the mean of its channels", stage=5, times=2, shapes=64)
-    add = command(neighbors, "the images with the most similar features; green: same folder", stage=5, times=1,
-                  shapes=1200, aliases=["neighbours"])
+    command(attention, stage=5, times=2, shapes=64)
+    add = command(neighbors, stage=5, times=1, shapes=1200, aliases=["neighbours"])
     add("-k", type=count, default=9, help="neighbors of each (default: 9)")
-    add = command(patches, "for each patch of a view the most similar of another; green: same place", stage=4, times=2,
-                  shapes=64)
+    add = command(patches, stage=4, times=2, shapes=64)
     add("--min-area", type=common.bounded(float, 1e-3, 1), default=0.2,
         help="least share of the image in a view (default: 0.2)")
-    add = command(iou, "how similar an object and RoIs near it are, by their IoU", images=1000, stage=4, times=1,
-                  shapes=1000, otherwise="random")
+    add = command(iou, images=1000, stage=4, times=1, shapes=1000, otherwise="random")
     add("--proposals", metavar="FILE.npz|search|random", help="the objects (default: random; shapes: their own boxes)")
-    add = command(proposals, "proposals, and SoCo's views with the same boxes and their levels", shapes=64,
-                  otherwise="search")
+    add = command(proposals, shapes=64, otherwise="search")
     add("--proposals", metavar="FILE.npz|search|random",
         help="as soco.py's; a file's number and sizes are drawn too (default: search; shapes: their own boxes)")
     add("--views", type=int, choices=[2, 3, 4], default=3, help="how many (default: 3)")
     add("--num-proposals", type=count, default=4, help="boxes of a view (default: 4)")
     add("--size", type=common.bounded(int, 32), default=SIDE, help="side of V1 in pixels (default: %(default)s)")
-    add = command(masks, "DetCon's masks", shapes=64, size=SIDE)
+    add = command(masks, shapes=64, size=SIDE)
     add("--masks", nargs="+", metavar="gridN|fh|DIR",
         help="as detcon.py's, a column each (default: grid5 fh; shapes: their own masks too)")
-    add = command(curves, "what log.jsonl holds, one chart for each stat", images=0)
+    add = command(curves, images=0)
     add("logs", nargs="+", metavar="LOG", help="log.jsonl, or the folder of a run")
     add("--stats", nargs="+", help="which (default: loss, accuracy and knn)")
     return parser.parse_args()
@@ -442,12 +447,14 @@ def arguments():
 @torch.no_grad()
 def main():
     device, args = common.init_distributed(), arguments()
-    if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(Path(args.out).suffix.lower())
+    if not Path(args.out).parent.is_dir() or kind not in Image.SAVE:
         common.fail(f"--out {args.out}: it must be a picture, such as .png or .jpg, in a folder that exists")
     args.workers = common.cores() if device.type == "cuda" and getattr(args, "data", None) else 0
     sheet = args.draw(args, device)
     try:
-        sheet.save(args.out, optimize=True, quality=90)
+        with common.atomic_write(args.out) as file:
+            sheet.save(file, kind, optimize=True, quality=90)
     except (OSError, ValueError) as error:
         common.fail(f"cannot write {args.out}: {' '.join(str(error).split())}")
     print(f"wrote {args.out}")

@@ -118,6 +118,12 @@ def chart(title, lines, below):
     return sheet.reduce(2)
 
 
+def histogram(values, below):
+    """A chart of how the values are distributed; below: what they are."""
+    counts, edges = np.histogram(values, 20)
+    return chart(f"Share; mean {values.mean():.3g}", {"": ((edges[1:] + edges[:-1]) / 2, counts / len(values))}, below)
+
+
 def bars(title, values, order):
     """A bar chart of {name: (mean, spread)} with whiskers. A name's place in `order`, all names, gives its color."""
     left, top, right, bottom = FRAME

@@ -243,8 +243,8 @@ def paint(label):
 
 def arguments():
     parser = common.Parser(__doc__, DEFAULTS)
-    convert.add_init(parser)
     add = parser.own.add_argument
+    convert.add_init(add)
     count = common.bounded(int, 1)
     add("--data", metavar="DIR", required=True,
         help="VOC2012, cityscapes, or train/ and val/ with images/ and labels/ in each")
