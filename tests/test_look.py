@@ -184,7 +184,7 @@ def test_similarity_is_1_of_the_object_itself_and_the_mean_cosine_over_places_of
 
 def test_a_proposal_outside_the_image_is_no_object():
     image = common.LazyImage(Image.new("RGB", (100, 80)), 0)
-    proposals = np.array([[120.0, 10, 150, 40], [90, 70, 120, 100]])        # as it is drawn at 50: nothing, and a corner
+    proposals = np.array([[120.0, 10, 150, 40], [90, 70, 120, 100]])       # the first shows nothing, the other a corner
     for seed in range(8):
         batch = look.object_and_rois(image, np.random.default_rng(seed), lambda image, rng: proposals, 50)
         assert torch.equal(batch["boxes"][0], torch.tensor([45.0, 43.75, 50, 50])) and batch["iou"].isfinite().all()

@@ -14,7 +14,6 @@ compare: last.pt of a method, torchvision's weights of a ResNet, or the word ran
 import argparse
 import math
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -341,7 +340,7 @@ def open_masks(kind, source):
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
         return lambda image: detcon.felzenszwalb(source.image(image.index), detcon.PAPER["fh_scale"])
-    if not re.fullmatch("truth|grid([1-9]|1[0-6])", kind) and not Path(kind).is_dir():
+    if kind not in (*detcon.GRIDS, "truth") and not Path(kind).is_dir():
         common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
     return detcon.open_masks(argparse.Namespace(masks=kind), source, None)[0]
 
