@@ -50,7 +50,7 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=False):
-    """Two random crops of one image, each mirrored half of the time, and `num_masks` masks of each.
+    """Two random crops of one image, each mirrored half of the time, and M = `num_masks` masks of each.
 
     masks(image): the image's masks as `shares` takes them, at any resolution. Returns x1 and x2, uint8 [3, size, size];
     ids1 and ids2 [M], which regions of the image the masks are; masks1 and masks2 [M, S/32, S/32], the weights of the
@@ -61,7 +61,7 @@ def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=Fals
     pictures = image.crop(crops, [size] * count, Image.Resampling.BICUBIC)
     labels, batch = masks(image), {}
     for i in (1, 2):
-        if i <= count:
+        if i <= count:  # else the masks are drawn from view 1 again
             x, flip = pictures[i - 1], rng.random() < 0.5
             batch[f"x{i}"] = common.to_tensor(ImageOps.mirror(x) if flip else x)
             view_labels = crop_labels(labels, crops[i - 1], image.size, size, flip)
@@ -74,9 +74,9 @@ def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=Fals
 
 
 def crop_labels(labels, crop, image_size, size, flip=False):
-    """The labels [H, W, ...] of an image cut as the view that shows `crop`: [size, size, ...], nearest neighbors.
+    """The label of each pixel of the view that shows `crop`: [size, size, ...], from labels [H, W, ...] of the image.
 
-    crop: xyxy, in pixels of the image, whose resolution need not be the labels'.
+    crop: xyxy, in pixels of the image. The labels may have another resolution than the image; the nearest one is taken.
     """
     def places(axis):  # 0: columns of `labels` for the columns of the view, 1: rows
         pixels = crop[axis] + (np.arange(size) + 0.5) * (crop[axis + 2] - crop[axis]) / size
@@ -205,9 +205,9 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
 def one_way(pred, other, own, ids, other_ids, mine):
     """Eq. 3 from one view's predictions [N, M, D] to the targets of the `other` and of its `own` view [world*N, M, D].
 
-    mine: [N], which rows of the targets belong to these images. The sum below the fraction line of Eq. 1 is over all
-    targets of the other view (as in the released code with all positives, not just one), and over all targets of the
-    own view except those of the same region.
+    mine: [N], which rows of the targets belong to these images. The denominator of Eq. 1 has every target of the other
+    view (so has the released code; the paper has one positive), and every target of the own view but those of the same
+    region.
     """
     n, m, _ = pred.shape
     image = torch.arange(n, device=pred.device)
@@ -268,10 +268,10 @@ class DetCon(nn.Module):
 
     @torch.no_grad()
     def stats(self, pred, target, ids, other_ids):
-        """Figures from view 1's predictions to view 2's targets, within this process.
+        """Figures about view 1's predictions and view 2's targets, within this process.
 
-        accuracy: share of the masks with a pair whose nearest target is of their own region; positive: mean similarity
-        of pairs; paired: share of the masks that have a pair.
+        paired: share of the masks that have a pair, a target of their own region; accuracy: share of these whose
+        nearest target is a pair; positive: mean similarity of pairs.
         """
         image = torch.arange(len(pred), device=pred.device)
         with torch.autocast(pred.device.type, enabled=False):

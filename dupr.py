@@ -44,10 +44,10 @@ DEMO = dict(
 # ---------------------------------------------------------------------------------------------------------------------
 
 def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
-    """Two random crops, each mirrored half of the time, and the box that both show; q and k are the paper's 1 and 2.
+    """Two random crops, each mirrored half of the time, and the box that they share. q and k are the paper's 1 and 2.
 
-    x_q and x_k: views, uint8 [3, size, size]; flip_q and flip_k: whether each is mirrored; overlap: whether they
-    intersect; box_q and box_k: [1, 4], their intersection in xyxy pixels of each view, or the whole view without one.
+    x_q and x_k: views, uint8 [3, size, size]; flip_q and flip_k: whether each is mirrored; overlap: whether the crops
+    intersect; box_q and box_k: [1, 4], the intersection in xyxy pixels of each view, or the whole view without overlap.
     """
     r1, r2 = (common.random_crop(image.size, (min_area, 1.0), rng) for _ in range(2))                # Eq. 3
     b = max(r1[0], r2[0]), max(r1[1], r2[1]), min(r1[2], r2[2]), min(r1[3], r2[3])                   # Eq. 4
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.roi_size = roi_size
         self.backbone = common.resnet(arch, partial(common.GroupBatchNorm2d, groups=bn_splits))
-        self.image_levels, self.patch_levels = ([m for m in range(4) if weight[m]] for weight in (alpha, beta))
+        self.image_levels, self.patch_levels = ([m for m in range(4) if weights[m]] for weights in (alpha, beta))
         self.depth = 1 + max(self.image_levels + self.patch_levels)
         self.backbone.train_first(self.depth)
         channels, hidden = self.backbone.channels, self.backbone.channels[-1]
@@ -96,11 +96,11 @@ class Encoder(nn.Module):
         self.g = nn.ModuleList(mlp(partial(nn.Conv2d, kernel_size=1), channels[m]) for m in self.patch_levels)
 
     def forward(self, x, box, flip):
-        """x [N, 3, H, W], box [N, 1, 4], flip [N] -> v, [N, dim] of each image level; r, [N, S*S, dim] of each patch
-        level.
+        """Normalized features of a view: v, [N, dim] of each image level, and r, [N, S*S, dim] of each patch level.
 
-        Patch p is the same place in both views. S is roi_size, or else the side of the level's feature map: at 224
-        pixels 7 on conv5_x and 14 on conv4_x (Sec. 4.5.3; one sentence of Sec. 3.2.3 swaps the two).
+        x: [N, 3, H, W]; box: [N, 1, 4] in its pixels; flip: [N], whether x is mirrored. Patch p is the same place in
+        both views. S is roi_size, or else the side of the level's feature map: at 224 pixels 7 on conv5_x and 14 on
+        conv4_x (Sec. 4.5.3; one sentence of Sec. 3.2.3 swaps the two).
         """
         f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
@@ -141,7 +141,7 @@ class DUPR(nn.Module):
             x, box, flip = (shuffle(batch[name]) for name in ("x_k", "box_k", "flip_k"))
             v_k, r_k = self.encoder_k(self.photometric(x), box, flip)
             v_k, r_k = ([shuffle.undo(k) for k in keys] for keys in (v_k, r_k))
-        self.new = v_k, r_k, batch["overlap"]
+        self.new = v_k, r_k, batch["overlap"]                                             # for `update`
         loss, stats = 0, {}
         for weight, q, k, queue in zip(self.alpha, v_q, v_k, self.image_queues):
             loss = loss + weight * common.info_nce(q, k, queue.keys, self.temperature)    # Eq. 8
@@ -169,10 +169,10 @@ class DUPR(nn.Module):
 
 
 def sample_patches(k, overlap, count):
-    """`count` patches, or fewer, drawn from the overlapping pairs of the global batch, alike in all processes.
+    """Draws `count` patches from the overlapping pairs of the global batch: (keys [count, D], how many are valid).
 
-    k: [N, P, D]; overlap: [N] bool. Returns ([count, D], how many of its first rows are valid): rows after those come
-    from pairs that do not overlap, and only keep the shape fixed.
+    k: [N, P, D] of this process; overlap: [N] bool. All processes draw the same. If the pairs have fewer patches than
+    `count`, only the first rows are valid; the others are from pairs that do not overlap, and keep the shape fixed.
     """
     score = torch.rand(k.shape[:2], device=k.device) + overlap[:, None]  # 1 or more for those to draw from
     score, mine = score.flatten().topk(min(count, score.numel()))
@@ -182,10 +182,10 @@ def sample_patches(k, overlap, count):
 
 
 def patch_nce(q, k, overlap, negatives, temperature):
-    """(loss of Eq. 7 in nats, share of patches that are nearest to their own).
+    """(loss of Eq. 7 in nats, share of patches that are nearer to their own key than to every negative).
 
-    q, k: [N, P, D], the same P places in two views; overlap: [N] bool; negatives: [K, D]. Both are scaled so that their
-    mean over processes, which DDP takes, is the mean over the patches of all overlapping pairs; 0 if no pair overlaps.
+    q, k: [N, P, D], the same P places in two views; overlap: [N] bool; negatives: [K, D]. Both results are scaled: their
+    mean over processes, which DDP takes, is the mean over the patches of all overlapping pairs, or 0 if there is none.
     Eq. 7 sums over the patches; we average, or the patch loss would weigh 49 (conv5_x) or 196 (conv4_x) times as much.
     """
     rows = common.to_float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
@@ -215,7 +215,7 @@ class InfoNCEInParts(torch.autograd.Function):
             top = torch.maximum(positive, nearest)
             own, others = (positive - top).exp(), logits.sub_(top[:, None]).exp_()
             total = own + others.sum(dim=1)
-            mean_key = (own[:, None] * k + others @ negatives) / total[:, None]           # by softmax
+            mean_key = (own[:, None] * k + others @ negatives) / total[:, None]           # weighted by the softmax
             return total.log() + top - positive, positive > nearest, (mean_key - k) / temperature
 
         n = max(1, PART // len(negatives))

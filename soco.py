@@ -84,7 +84,7 @@ def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
 
 
 def inside(boxes, crop):
-    """[n] bool: which boxes show at least 16 x 16 pixels in `crop` resized to 224 x 224. The threshold is ours."""
+    """Which boxes show at least 16 x 16 pixels in `crop` resized to 224 x 224: bool [n]. The threshold is ours."""
     x1, y1, x2, y2 = common.to_view(boxes, crop, 224).clip(0, 224).T
     return (x2 - x1 >= 16) & (y2 - y1 >= 16)
 
@@ -122,7 +122,7 @@ def assign_levels(boxes, size):
 
 
 def pyramid_roi_align(pyramid, boxes, levels, output_size):
-    """[N*K, C, S, S]: each box pooled by RoIAlign on its assigned level alone.
+    """RoIAlign of each box on its assigned level alone: [N*K, C, S, S], image-major.
 
     pyramid: P2 to P5, [N, C, H/4, W/4], ...; boxes: [N, K, 4] in pixels of the view; levels: [N, K], or None to
     pool each box on every level and add. On a level that is not its own, a box is made empty and pools to zero.
@@ -203,7 +203,7 @@ class SoCo(nn.Module):
     def forward(self, batch):
         """(L^SoCo, stats). batch: view1, view2, ... [N, 3, S, S] uint8 and boxes1, boxes2, ... [N, K, 4]."""
         views = [(colors(batch[f"view{i}"]), batch[f"boxes{i}"]) for i, colors in enumerate(self.photometric, start=1)]
-        normalize = lambda x: F.normalize(*common.to_float32(x), dim=1)
+        normalize = lambda x: F.normalize(*common.to_float32(x), dim=1)                   # under autocast too
         v_online = [normalize(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
         with torch.no_grad():
             v_target = [normalize(self.target(*view)) for view in views]                  # Eq. 3, 4
@@ -225,7 +225,7 @@ class SoCo(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def selective_search(image, space="HSV", scale=500, min_size=10):
-    """[n, 4] xyxy pixels of the image: selective search with the paper's scale 500, sigma 0.9 and min_size 10.
+    """Boxes by selective search, [n, 4] xyxy in pixels of the image. A.1: scale 500, sigma 0.9 and min_size 10.
 
     The paper does not name the color space or the number of strategies: we take HSV and one. The image is first shrunk
     to at most 500 pixels on its longer side, about the size of ImageNet's, since more pixels are not more objects.
@@ -245,11 +245,11 @@ def selective_search(image, space="HSV", scale=500, min_size=10):
 
 
 def filter_proposals(boxes, size):
-    """The boxes [n, 4] that may be objects in an image of (width, height), by Sec. 3.2: 1/3 <= w/h <= 3 and, relative
-    to the image, 0.3 <= sqrt(wh) / sqrt(WH) <= 0.8.
+    """Those of the boxes [n, 4] that Sec. 3.2 keeps in an image of `size` (W, H).
 
-    If there is none, the boxes of that aspect ratio with sides of at least 32 pixels; else all boxes with such sides;
-    else the whole image. These fallbacks are ours.
+    It keeps boxes with 1/3 <= w/h <= 3 and 0.3 <= sqrt(wh) / sqrt(WH) <= 0.8. If there is none, we keep the boxes of
+    that aspect ratio with sides of at least 32 pixels; if there is none either, all boxes with such sides, or else the
+    whole image.
     """
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
     aspect = (w <= 3 * h) & (h <= 3 * w)
@@ -262,8 +262,8 @@ def filter_proposals(boxes, size):
 
 
 def random_boxes(size, n, rng):
-    """Up to n boxes, each between two random points of an image of (width, height), that pass `filter_proposals`."""
-    points = np.sort(rng.uniform(0, size, (20 * n, 2, 2)), axis=1)  # (low, high), (x, y)
+    """Up to n boxes, each between two random points of an image of `size` (W, H), that pass `filter_proposals`."""
+    points = np.sort(rng.uniform(0, size, (20 * n, 2, 2)), axis=1)  # [20n, (low, high), (x, y)]
     return filter_proposals(points.reshape(-1, 4), size)[:n]
 
 
@@ -351,7 +351,7 @@ class Proposals:
 
 
 def open_proposals(args, source, device):
-    """(proposals(image, rng), what they are): from the file --proposals, made if it is missing, or drawn."""
+    """(proposals(image, rng), what they are), by --proposals: of a file, made if it is missing, or drawn."""
     if args.proposals == "random":
         return lambda image, rng: random_boxes(image.size, 100, rng), "random"  # 100, so that some are inside V2
     if args.proposals == "whole":
