@@ -184,8 +184,8 @@ def sample_patches(k, overlap, count):
 def patch_nce(q, k, overlap, negatives, temperature):
     """(loss of Eq. 7 in nats, share of patches that are nearer to their own key than to every negative).
 
-    q, k: [N, P, D], the same P places in two views; overlap: [N] bool; negatives: [K, D]. Both results are scaled: their
-    mean over processes, which DDP takes, is the mean over the patches of all overlapping pairs, or 0 if there is none.
+    q, k: [N, P, D], the same P places in two views; overlap: [N] bool; negatives: [K, D]. Both results are scaled so
+    that their mean over processes is the mean over the patches of all overlapping pairs; 0 if there is no such pair.
     Eq. 7 sums over the patches; we average, or the patch loss would weigh 49 (conv5_x) or 196 (conv4_x) times as much.
     """
     rows = common.to_float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
