@@ -97,20 +97,23 @@ class Stop:
                 signal.signal(number, self.receive)
         os.register_at_fork(after_in_child=ignore_signals)
         atexit.register(kill_workers)
-        sys.excepthook, threading.excepthook = report_crash, report_thread_crash
+        sys.excepthook = report_crash
+        # TensorBoard's thread passes its OSError on to the main thread, which reports it.
+        threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
 
     def receive(self, number, frame):
-        second = self.signal
-        if second and time.monotonic() < self.since + 3:
+        first = self.signal
+        if first and time.monotonic() < self.since + 3:
             return
         self.signal, self.since = number, time.monotonic()
-        if second or not self.holding:
-            if not second and int(os.environ.get("RANK", 0)) == 0:
-                os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(number).name.encode())
-            with suppress(OSError, RuntimeError):  # nobody reads, or the signal came amid a print
-                sys.stdout.flush()
-            kill_workers()
-            os._exit(128 + number)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
+        if self.holding and not first:
+            return
+        if not first and int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(number).name.encode())
+        with suppress(OSError, RuntimeError):  # nobody reads, or the signal came amid a print
+            sys.stdout.flush()
+        kill_workers()
+        os._exit(128 + number)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
 
     def agreed(self):
         """The signal that any process has received, or 0; the same in all. All must call it after the same step."""
@@ -149,12 +152,13 @@ def report_crash(kind, error, trace):
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
     fault = next((x for x in chain if isinstance(x, OSError)), None)
-    line = text.splitlines()[-1][:200]
+    line, code = text.splitlines()[-1][:200], 1
     if stop.signal:  # whatever the error, it comes of the other processes being gone
         line = f"ended by {signal.Signals(stop.signal).name}: the same command goes on from the last checkpoint"
+        code = 128 + stop.signal
     elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|llocate|Storage size", text):
         flags = "--batch-size, --size or --workers" if stop.holding else "--queue, --dim, --arch or --size"
-        fail(f"out of memory: lower {flags} ({line})", everywhere=True)
+        line, code = f"out of memory: lower {flags} ({line})", 2
     elif "DataLoader worker" in text:
         line += "; if memory or shared memory (/dev/shm) is short, lower --workers"
     elif fault:
@@ -162,13 +166,7 @@ def report_crash(kind, error, trace):
     elif not (dist.is_initialized() and re.search("[Cc]onnection|remote process|Gloo|NCCL", text)):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
-    fail(line, everywhere=True, code=128 + stop.signal if stop.signal else 1)
-
-
-def report_thread_crash(args):
-    """threading.excepthook: no traceback of an OSError, which TensorBoard's thread also raises in the main thread."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
+    fail(line, everywhere=True, code=code)
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------
@@ -295,8 +293,9 @@ class Shuffle:
     """
 
     def __init__(self, n, device):
-        order = all_gather(torch.rand(n, device=device)).argsort(stable=True)  # the same in every process
-        self.there, self.back = (rows.chunk(world_size())[rank()] for rows in (order, order.argsort()))  # this one's
+        order = all_gather(torch.rand(n, device=device)).argsort(stable=True)  # [world*n], the same in every process
+        own_share = lambda rows: rows.chunk(world_size())[rank()]
+        self.there, self.back = own_share(order), own_share(order.argsort())
 
     def __call__(self, x):
         return all_gather(x)[self.there]
@@ -748,10 +747,15 @@ class LazyImage:
             image = to_rgb(self.pil)
             return image if self.turn is None else image.transpose(self.turn)
 
+    @property
+    def shrunk_size(self):
+        """(width, height) with a longer side of at most 500 pixels, as most images of ImageNet have."""
+        return tuple(max(1, round(side * min(1.0, 500 / max(self.size)))) for side in self.size)
+
     def shrunk(self):
         """The upright image as uint8 [H, W, 3], of `shrunk_size`, for which the scales of segmentation are meant."""
-        size = shrunk_size(self.size)
-        return np.asarray(self.decode(size[0] / self.size[0]).resize(size, Image.Resampling.BILINEAR))
+        scale = self.shrunk_size[0] / self.size[0]
+        return np.asarray(self.decode(scale).resize(self.shrunk_size, Image.Resampling.BILINEAR))
 
     def crop(self, crops, sizes, resample=Image.Resampling.BILINEAR):
         """RGB PIL images: each of `crops` (xyxy, pixels of the image) resized to a square of its size.
@@ -766,11 +770,6 @@ class LazyImage:
         return [image.resize((size, size), resample, box) for box, size in zip(boxes, sizes)]
 
 
-def shrunk_size(size):
-    """(width, height) shrunk so that the longer side has 500 pixels at most, as most images of ImageNet have."""
-    return tuple(max(1, round(side * min(1.0, 500 / max(size)))) for side in size)
-
-
 def to_rgb(image):
     """A PIL image of any mode as 8-bit RGB."""
     if image.mode.startswith("I"):     # 16-bit gray: the high byte
@@ -780,21 +779,20 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def random_crop(size, area, rng, ratio=(3 / 4, 4 / 3)):
+def random_crop(size, area, rng):
     """(x1, y1, x2, y2) in whole pixels of an image of (width, height), drawn as torchvision's RandomResizedCrop does.
 
-    area: (low, high) of the crop's share of the image; ratio: (low, high) of width to height, which is log-uniform.
+    area: (low, high) of the crop's share of the image. The ratio of its width to its height is 3/4 to 4/3.
     """
     width, height = size
     for _ in range(10):
         target = width * height * rng.uniform(*area)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return x, y, x + w, y + h
-    w = min(width, round(height * ratio[1]))   # no crop has fitted: take the largest of these ratios, in the middle
-    h = min(height, round(width / ratio[0]))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # none fits: the largest, centered
     x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
 
@@ -998,16 +996,11 @@ class Shapes(ImageFolder):
         2, ... for the objects.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            scenes = pool.imap(self.labeled_scene, range(len(self)), chunksize=64)
-            pictures, self.boxes, self.classes, segments = zip(*scenes)
-        self.pictures, self.segments = np.stack(pictures), np.stack(segments)
+            scenes = pool.imap(self.scene, range(len(self)), chunksize=64)
+            pictures, self.boxes, masks, self.classes = zip(*scenes)
+        label_map = lambda masks: np.tensordot(np.arange(1, len(masks) + 1, dtype=np.uint8), masks, axes=1)
+        self.pictures, self.segments = np.stack(pictures), np.stack([label_map(m) for m in masks])
         return self
-
-    def labeled_scene(self, i):
-        """(image, boxes, classes, label map) of picture i."""
-        image, boxes, masks, classes = self.scene(i)
-        segments = (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(axis=0).astype(np.uint8)
-        return image, boxes, classes, segments
 
     def objects(self, i):
         """Boxes [n, 4] and classes [n] of picture i; after `draw_all`."""
@@ -1091,19 +1084,16 @@ class Loader:
                                  multiprocessing_context="fork" if workers else None)
 
     def __iter__(self):
-        start, batches = time.perf_counter(), iter(self.loader)
-        to_device = lambda x: x.to(self.device, non_blocking=True)
-        while True:
-            try:
-                batch = next(batches, None)
-            except Unreadable as error:
-                fail(f"cannot decode {str(error).splitlines()[-1]}", everywhere=True)
-            if batch is None:
-                return
-            self.waited += time.perf_counter() - start
-            self.report_bad_files(batch.pop("bad"))
-            yield {name: list(map(to_device, x)) if isinstance(x, list) else to_device(x) for name, x in batch.items()}
-            start = time.perf_counter()
+        start, to_device = time.perf_counter(), lambda x: x.to(self.device, non_blocking=True)
+        try:
+            for batch in self.loader:
+                self.waited += time.perf_counter() - start
+                self.report_bad_files(batch.pop("bad"))
+                yield {name: [to_device(row) for row in x] if isinstance(x, list) else to_device(x)
+                       for name, x in batch.items()}
+                start = time.perf_counter()
+        except Unreadable as error:
+            fail(f"cannot decode {str(error).splitlines()[-1]}", everywhere=True)
 
     def report_bad_files(self, reports):
         self.seen += len(reports)
@@ -1320,18 +1310,17 @@ def start_from(model, method, weights):
     Backbone, pyramid and box head are taken from any file, other parts only from a file of the same method. A part is
     taken if all its names and shapes are those of the model.
     """
-    state, same, loaded = model.state_dict(), weights.method == method, {}
+    state, same_method, loaded, taken = model.state_dict(), weights.method == method, {}, {}
     shapes = lambda tensors: {name: x.shape for name, x in tensors.items()}
-    online, target = NETWORKS[method]
-    for network, tensors in ((target, same and weights.target or weights.online), (online, weights.online)):
-        taken = []
+    sources = weights.online, weights.target if same_method and weights.target else weights.online
+    for network, tensors in zip(NETWORKS[method], sources):
         for part, own in parts(tensors).items():
             for prefix in (f"{network}.", ""):  # a predictor or a queue belongs to no network
                 named = {f"{prefix}{name}": x for name, x in own.items()}
                 here = {name: x for name, x in state.items() if name.startswith(f"{prefix}{part}.")}
-                if shapes(named) == shapes(here) and (same or part in ("backbone", "fpn", "head")):
-                    loaded.update(named)
-                    taken.append(part)
+                if shapes(named) == shapes(here) and (same_method or part in ("backbone", "fpn", "head")):
+                    loaded |= named
+                    taken[part] = True
     model.load_state_dict(loaded, strict=False)
     if rank() == 0:
         print(weights.sentence(taken))
@@ -1657,18 +1646,21 @@ def make_files(label, count, path, write, device):
     tasks = [k for k in range(count) if not path(k).exists()]
     if total(len(tasks)) != len(tasks) * world_size():  # here all have looked, and none has written yet
         fail(f"the processes see different {label}: put them where every node sees them")
-    if tasks:
-        lock(path(0).parent)
+    if not tasks:
+        return
+    lock(path(0).parent)
     made = iter(DataLoader(tasks[rank()::world_size()], batch_size=None, collate_fn=make, num_workers=cores(),
                            worker_init_fn=ignore_signals, multiprocessing_context="fork"))
-    done, finished, progress = 0, 0, Progress(label, len(tasks))
+    own, finished, progress = 0, 0, Progress(label, len(tasks))
     while finished < len(tasks):
         meet = time.perf_counter() + 5
-        while time.perf_counter() < meet and (error := next(made, None)) is not None:
+        for error in made:
             if error:
                 fail(error, everywhere=True)
-            done += 1
-        finished = total(done)
+            own += 1
+            if time.perf_counter() > meet:
+                break
+        finished = total(own)
         progress(finished)
 
 

@@ -298,7 +298,7 @@ class DetCon(nn.Module):
 def felzenszwalb(image, scales):
     """Felzenszwalb-Huttenlocher segments, with the scale as minimum size: uint8 [H, W], or [H, W, 3] for three scales.
 
-    H x W is `common.shrunk_size` of the image's size: the scales are meant for images as large as ImageNet's.
+    H x W is the image's `shrunk_size`: the scales are meant for images as large as ImageNet's.
     """
     import cv2
     cv2.setNumThreads(1)  # every core has an image of its own
@@ -342,7 +342,7 @@ def read_mask(image, folder, source):
         mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit gray
     if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):
         raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
-    if mask.shape[1::-1] not in (image.size, common.shrunk_size(image.size)):
+    if mask.shape[1::-1] not in (image.size, image.shrunk_size):
         width, height = image.size
         raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {width} x {height}")
     return mask.astype(np.uint8) if mask.dtype == bool else mask
