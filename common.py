@@ -53,8 +53,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import pil_to_tensor as to_tensor  # PIL RGB -> uint8 [3, H, W]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as all five papers use
@@ -84,8 +85,8 @@ class Stop:
     """Ends the program on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP with nothing lost; exit code 128 + signal.
 
     While a run trains (`.holding`), a signal is only noted in `.signal`, and `Run.until_stopped` ends the run after the
-    step. Otherwise the program ends at once: what it has finished is on disk. A second signal always ends it at once,
-    unless it comes within 3 seconds, since torchrun passes on to its processes a signal that they may have already.
+    step. Otherwise the program ends at once: what it has finished is on disk. So does a second signal, but not within 3
+    seconds of the first: torchrun passes on a signal that its processes may already have.
     """
 
     def __init__(self):
@@ -188,11 +189,10 @@ def init_distributed():
 
 
 def rendezvous():
-    """Arguments of init_process_group by which the processes of this attempt find each other.
+    """Arguments of init_process_group by which the processes find each other, also after torchrun has restarted them.
 
-    torchrun keeps one store for all its attempts. After a restart it still holds the addresses of dead processes.
-    Process 0 therefore opens a store that ends with itself, and tells the others its port through torchrun's store. If
-    nobody answers at that port, it was a dead process's, and is looked up again.
+    Its store then still holds the addresses of dead processes. Process 0 therefore opens a store that ends with itself,
+    and tells the others its port through torchrun's store. If nobody answers there, they look the port up again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -213,7 +213,7 @@ def rendezvous():
 
 @contextmanager
 def exact_products():
-    """Context in which matrix products of float32 are exact: TF32's 10 bits do to train, not to rank or to solve."""
+    """Context in which products of float32 matrices are exact: TF32's 10 bits are enough to train, not to rank."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -259,8 +259,7 @@ class AllGather(torch.autograd.Function):
 def all_gather(x):
     """[N, ...] -> [world*N, ...]: the rows of all processes in rank order. N must be the same in all of them.
 
-    The gradient of a row, summed over all processes, goes to the process that the row came from. In a single process
-    this is the identity.
+    The gradient of a row, summed over all processes, goes to the process that the row came from.
     """
     return AllGather.apply(x) if world_size() > 1 else x
 
@@ -268,7 +267,8 @@ def all_gather(x):
 def wrap_ddp(model, device, compiled=False):
     """The model for the loop to call: compiled if asked for, its gradients averaged over the processes.
 
-    On a GPU, the color augmentation is compiled anyway if the machine can: it passes over the batch 30 times, not 120.
+    On a GPU, the color augmentation is compiled in any case if the machine has a compiler: it then passes over the
+    batch 30 times instead of 120.
     """
     if compiled:
         model.compile()
@@ -360,8 +360,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if world_size() == 1 or not self.training:
             return super().forward(x)
         with torch.no_grad():
-            running = torch.stack([self.running_mean, self.running_var])                   # a copy, not to be changed
-            own = torch.stack(torch.batch_norm_update_stats(x, *running, 0.0))             # mean and variance, [2, C]
+            running = torch.stack([self.running_mean, self.running_var])                # copies, to be written to
+            own = torch.stack(torch.batch_norm_update_stats(x, *running, 0.0))          # mean and variance, [2, C]
             count = torch.full_like(own[:1], x.numel() // x.shape[1])
             counts, means, variances = all_gather(torch.cat([count, own])[None]).unbind(dim=1)  # [world, C] each
             count = counts.sum(dim=0)
@@ -394,12 +394,13 @@ class Backbone(ResNet):
     def forward(self, x, stages=4):
         x, outputs = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:stages]:
-            if x.device.type == "cpu" and x.shape[-1] == 1:      # bf16 would put garbage (torch 2.15) into the gradient
-                with torch.autocast("cpu", enabled=False):       # of the weights that only ever see padding
+            if x.device.type == "cpu" and x.shape[-1] == 1:
+                # In bf16, torch 2.15 puts garbage into the gradient of weights that see nothing but padding.
+                with torch.autocast("cpu", enabled=False):
                     x = stage(x.float())
             else:
-                x = stage(x)                                     # [N, C2, H/4, W/4], [N, C3, H/8, W/8], ...
-            outputs.append(x)
+                x = stage(x)
+            outputs.append(x)  # [N, C2, H/4, W/4], then [N, C3, H/8, W/8], ...
         return outputs
 
     def train_first(self, stages):
@@ -673,21 +674,11 @@ def denormalize(x):
     return (x * std + mean).clamp(0, 1)
 
 
-class PhotometricRandAugment(torchvision.transforms.RandAugment):
-    """RandAugment without the operations that move the picture."""
-
-    def _augmentation_space(self, *args):
-        space = super()._augmentation_space(*args)
-        return {name: x for name, x in space.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
-
-
-def rand_augment(image, rng, magnitude=28, moves=True):
+def rand_augment(image, rng, magnitude=28, augment=RandAugment):
     """A PIL image after torchvision's RandAugment: 2 operations of `magnitude` (0 to 30), drawn by rng.
 
-    Without `moves`, pixels stay where they are. Magnitude 28 changes a picture as much as strength 10 of 10 does in
-    InfoMin, which DUPR cites.
+    Magnitude 28 changes a picture as much as strength 10 of 10 does in InfoMin, which DUPR cites.
     """
-    augment = torchvision.transforms.RandAugment if moves else PhotometricRandAugment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2 ** 63)))
         return augment(magnitude=magnitude)(image)
@@ -744,7 +735,13 @@ class LazyImage:
             if scale < 1:
                 self.pil.draft(None, [math.ceil(side * scale) for side in self.pil.size])
             self.pil.load()  # a torn file fails here
-            image = to_rgb(self.pil)
+            image = self.pil
+            if image.mode.startswith("I"):  # 16-bit gray: the high byte
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode == "P":           # Pillow takes a palette with transparency to RGB only by way of RGBA
+                image = image.convert("RGBA")
+            if image.mode != "RGB":         # Pillow would copy one that is
+                image = image.convert("RGB")
             return image if self.turn is None else image.transpose(self.turn)
 
     @property
@@ -768,15 +765,6 @@ class LazyImage:
         sx, sy = width / self.size[0], height / self.size[1]
         boxes = [(x1 * sx, y1 * sy, min(x2 * sx, width), min(y2 * sy, height)) for x1, y1, x2, y2 in crops]
         return [image.resize((size, size), resample, box) for box, size in zip(boxes, sizes)]
-
-
-def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB."""
-    if image.mode.startswith("I"):     # 16-bit gray: the high byte
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P":              # Pillow takes a palette with transparency to RGB only by way of RGBA
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def random_crop(size, area, rng):
@@ -886,9 +874,9 @@ def scan(root):
         visited.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(b"."))
         images = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(b"."))
-        below = os.path.join(folder, b"")[len(root):]
-        found[below] = b"".join(below + name + b"\0" for name in images)
-    return b"".join(found[below] for below in sorted(found))
+        prefix = os.path.join(folder, b"")[len(root):]
+        found[prefix] = b"".join(prefix + name + b"\0" for name in images)
+    return b"".join(found[prefix] for prefix in sorted(found))
 
 
 # --- Shapes ----------------------------------------------------------------------------------------------------------
@@ -1055,11 +1043,6 @@ def global_batches(images, batch_size, seed, first, last):
         yield [(epoch, int(i)) for i in order[start:start + share]]
 
 
-def in_batches(indices, size):
-    """`indices` as lists of `size` items (epoch 0, index)."""
-    return ([(0, int(i)) for i in indices[start:start + size]] for start in range(0, len(indices), size))
-
-
 def even_share(count):
     """This process's share of range(count), equally large in all: the first few indices may come twice."""
     return np.arange(rank(), count + -count % world_size(), world_size()) % count
@@ -1098,7 +1081,7 @@ class Loader:
     def report_bad_files(self, reports):
         self.seen += len(reports)
         bad = self.source.bad
-        for report in {report for report in reports if report} - bad:
+        for report in set(reports) - {""} - bad:
             bad.add(report)
             print(f"cannot decode {report}: another image takes its place", file=sys.stderr, flush=True)
         if len(bad) > 0.01 * min(len(self.source), max(self.seen, 1000)):  # a few at the start prove nothing
@@ -1264,8 +1247,9 @@ def layout(path, state, model):
         fail(f"{path} has no ResNet by names that are known here: ours, torchvision's, Detectron2's, or those of "
              "MoCo's, DetCo's and SoCo's authors")
     what, theirs, table, marks = LAYOUTS[known]
-    places = {there: (network, here) for mark, network in reversed(marks.items())
-              for here, there in modules(table, mark).items()}
+    places = {}
+    for mark, network in reversed(marks.items()):  # the online network last: it has what bears no mark, as a queue
+        places |= {there: (network, here) for here, there in modules(table, mark).items()}
     return f"{method} of this project" if method else what, method or theirs, places
 
 
@@ -1683,7 +1667,8 @@ def evaluating(network):
 def map_images(function, source, view, indices, batch_size, device, workers=0, collate=None):
     """Yields (batch, function(batch)), batch by batch, for the images `indices` of `source`; prints progress."""
     progress, done = Progress(f"{len(indices)} images", len(indices)), 0
-    for batch in Loader(source, view, in_batches(indices, batch_size), workers, device, collate=collate):
+    batches = BatchSampler(((0, int(i)) for i in indices), batch_size, drop_last=False)  # all of epoch 0
+    for batch in Loader(source, view, batches, workers, device, collate=collate):
         yield batch, function(batch)
         done += len(next(iter(batch.values())))
         progress(done)
@@ -1707,10 +1692,10 @@ def extract_features(backbone, source, indices, size, device, workers, stage=5):
 @torch.no_grad()
 @exact_products()
 def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, stage=5):
-    """Top-1 accuracy in [0, 1] of weighted k nearest neighbors on frozen c5 (Wu et al. 2018; MoCo A.9), or on c2 to c4.
+    """Top-1 accuracy in [0, 1] of weighted k nearest neighbors on a frozen stage, c5 or another (Wu et al. 2018).
 
-    train, val: sources with labels; k: how many neighbors vote. Each process compares its share of the training images
-    with all validation features and keeps the k nearest, so that no training feature is ever stored.
+    train, val: sources with labels. Each process compares its share of the training images with all M validation
+    images, and keeps the k nearest of each. No training feature is ever stored.
     """
     labels, classes = train.labels()
     truth, _ = val.labels(classes)
@@ -1719,13 +1704,13 @@ def knn(backbone, train, val, size, device, workers=0, k=200, temperature=0.07, 
     with evaluating(backbone):
         index, rows = (all_gather(torch.cat(x)) for x in zip(*features(val, even_share(len(val)))))
         queries = torch.empty(len(val), rows.shape[1], device=device).index_copy_(0, index, rows)  # [M, C]
-        best = torch.full((len(val), k), -2.0, device=device)                                      # similarities [M, k]
-        label = torch.zeros_like(best, dtype=torch.long)                                           # and their classes
+        best = torch.full((len(val), k), -2.0, device=device)           # [M, k] similarities of the nearest so far
+        label = torch.zeros_like(best, dtype=torch.long)                # [M, k] their classes
         for index, rows in features(train, range(rank(), len(train), world_size())):
             with torch.autocast(device.type, enabled=False):  # the backbone may run in bf16, similarities may not
                 best, place = torch.cat([best, queries @ rows.T], dim=1).topk(k)
             label = torch.cat([label, labels[index].expand(len(val), -1)], dim=1).gather(1, place)
-    best, place = all_gather(best.T).T.topk(k)                                                     # of [M, world*k]
+    best, place = all_gather(best.T).T.topk(k)                          # of all processes' nearest, [M, world*k]
     label = all_gather(label.T).T.gather(1, place)
     votes = torch.zeros(len(val), len(classes), device=device).scatter_add_(1, label, torch.exp(best / temperature))
     return (votes.argmax(dim=1) == truth.to(device)).float().mean().item()

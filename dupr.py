@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ImageOps
+from torchvision.transforms import RandAugment
 from torchvision.utils import draw_bounding_boxes
 
 import common
@@ -58,12 +59,21 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
         if flip:
             view = ImageOps.mirror(view)
         if augment != "moco":
-            view = common.rand_augment(view, rng, magnitude, moves=augment == "rand-moves")
+            operations = RandAugment if augment == "rand-moves" else ColorRandAugment
+            view = common.rand_augment(view, rng, magnitude, operations)
         box = common.to_view(np.array([b if overlap else r]), r, size, flip)                         # B_1, B_2
         batch[f"x_{name}"] = common.to_tensor(view)
         batch[f"box_{name}"] = torch.from_numpy(box).float()
         batch[f"flip_{name}"] = torch.tensor(flip)
     return batch
+
+
+class ColorRandAugment(RandAugment):
+    """torchvision's RandAugment without the operations that move pixels, and so patches."""
+
+    def _augmentation_space(self, *args):
+        space = super()._augmentation_space(*args)
+        return {name: x for name, x in space.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
 
 
 def color_augmentation():

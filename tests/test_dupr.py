@@ -153,12 +153,12 @@ def test_roi_size_lays_the_same_grid_over_every_level():
     assert [x.shape[1] for x in model.new[1]] == [9, 9] and loss.isfinite()
 
 
-@pytest.mark.parametrize("augment, calls", [("moco", []), ("rand", [(17, False)] * 2),
-                                            ("rand-moves", [(17, True)] * 2)])
+@pytest.mark.parametrize("augment, calls", [("moco", []), ("rand", [(17, dupr.ColorRandAugment)] * 2),
+                                            ("rand-moves", [(17, torchvision.transforms.RandAugment)] * 2)])
 def test_each_view_is_augmented_as_the_flags_say(monkeypatch, photograph, augment, calls):
     seen = []
     monkeypatch.setattr(common, "rand_augment",
-                        lambda view, rng, magnitude, moves: (seen.append((magnitude, moves)), view)[1])
+                        lambda view, rng, *drawn_from: (seen.append(drawn_from), view)[1])
     dupr.two_views(common.LazyImage(photograph, 0), np.random.default_rng(0), 64, 0.2, augment, 17)
     assert seen == calls
 
@@ -168,7 +168,7 @@ def test_randaugment_colors_the_views_and_moves_no_pixel():
     picture[:, 50:] = (200, 150, 100)
     for seed in range(60):
         out = np.asarray(common.rand_augment(Image.fromarray(picture), np.random.default_rng(seed),
-                                             moves=False)).astype(int)
+                                             augment=dupr.ColorRandAugment)).astype(int)
         assert np.ptp(out[:, :47], axis=(0, 1)).max() <= 2 and np.ptp(out[:, 53:], axis=(0, 1)).max() <= 2
         changed += np.abs(out - picture).max() > 10
     assert changed > 30

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
+from torch.utils.data import BatchSampler
 from torchvision.ops import box_iou
 from torchvision.utils import draw_segmentation_masks
 
@@ -78,8 +79,8 @@ def pick(args, source):
 
 def load(args, source, view, images, device, collate=None):
     """One batch on the device: `view` of each of the `images`, which are numbers."""
-    batches = common.in_batches(images, len(images))
-    return next(iter(common.Loader(source, view, batches, 0, device, args.seed, collate)))
+    batch = [(0, int(i)) for i in images]
+    return next(iter(common.Loader(source, view, [batch], 0, device, args.seed, collate)))
 
 
 def square_view(image, rng, size, center=False):
@@ -280,7 +281,8 @@ def iou(args, device):
     source = open_images(args)
     view = partial(object_and_rois, proposals=open_proposals(args, source, device), size=args.size)
     images, rows, first = pick(args, source), [], None
-    for batch in common.Loader(source, view, common.in_batches(images, 16), args.workers, device, args.seed):
+    batches = BatchSampler([(0, int(i)) for i in images], 16, drop_last=False)
+    for batch in common.Loader(source, view, batches, args.workers, device, args.seed):
         stages = [stage_output(network, batch["view"], args.stage) for network in nets.values()]
         values = [similarity(c, batch["boxes"], 2 ** args.stage) for c in stages]
         rows.append(torch.stack([batch["iou"], *values], dim=2))                          # [N, 20, 1 + networks]
