@@ -473,7 +473,8 @@ class Queue(nn.Module):
     @torch.no_grad()
     def put(self, keys, count=None):
         """Put in rows that are the same in all processes; with `count`, a tensor, the first `count`, which must fit."""
-        size, count = len(self.keys), len(keys) if count is None else count
+        count = len(keys) if count is None else count
+        size = len(self.keys)
         place = torch.arange(len(keys), device=keys.device)[-size:]  # of more rows than fit, the last stay
         index = (self.position + place) % size
         self.keys[index] = torch.where((place < count)[:, None], keys[-size:].to(self.keys.dtype), self.keys[index])
@@ -1402,8 +1403,8 @@ class Run:
             self.resume(load(Path(self.out, "last.pt")))
         elif args.start:
             start_from(model, method, args.start)
-        here = [self.step, zlib.crc32(json.dumps(self.settings, sort_keys=True).encode())]
-        if len(all_gather(torch.tensor([here], device=next(model.parameters()).device)).unique(dim=0)) > 1:
+        own = [self.step, zlib.crc32(json.dumps(self.settings, sort_keys=True).encode())]
+        if len(all_gather(torch.tensor([own], device=next(model.parameters()).device)).unique(dim=0)) > 1:
             fail("the processes see different folders: --data and --out must be the same on every node")
         if rank() == 0:
             self.open_logs()
@@ -1595,7 +1596,8 @@ class Progress:
     def __call__(self, done):
         now = time.perf_counter()
         if rank() == 0 and now > self.printed + 10:
-            self.printed, left = now, (now - self.start) / max(done, 1) * (self.total - done)
+            self.printed = now
+            left = (now - self.start) / max(done, 1) * (self.total - done)
             print(f"{self.what}: {done / self.total:.0%}, {clock(left)} left", file=sys.stderr, flush=True)
 
 
@@ -1736,15 +1738,15 @@ def box_features(encode, source, images, size, device, workers=0):
 
     encode(views [N, 3, S, S], boxes) gives the features. All processes share the work and return all features.
     """
-    view, found = partial(object_view, source=source, size=size), []
+    view, own = partial(object_view, source=source, size=size), []
     encode_batch = lambda batch: encode(torch.stack(batch["view"]), batch["boxes"])
-    own = list(images)[rank()::world_size()]
-    for batch, rows in map_images(encode_batch, source, view, own, 64, device, workers, collate_lists):
-        found.append({name: x.cpu() for name, x in {**rows, "classes": torch.cat(batch["classes"])}.items()})
-    shares = [found]
+    own_images = list(images)[rank()::world_size()]
+    for batch, rows in map_images(encode_batch, source, view, own_images, 64, device, workers, collate_lists):
+        own.append({name: x.cpu() for name, x in {**rows, "classes": torch.cat(batch["classes"])}.items()})
+    shares = [own]
     if world_size() > 1:
         shares = [None] * world_size()
-        dist.all_gather_object(shares, found)
+        dist.all_gather_object(shares, own)
     found = [rows for share in shares for rows in share]
     features = {name: torch.cat([rows[name] for rows in found]).to(device) for name in found[0]}
     return features, features.pop("classes")
