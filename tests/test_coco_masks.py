@@ -30,14 +30,20 @@ def test_run_lengths_plain_and_packed_give_the_mask_back(seed):
     mask = rng.random((37, 53)) < [0.5, 0.02, 0.98, 0.9, 0.1][seed]
     counts = runs(mask)
     for written in (counts, packed(counts)):
-        assert np.array_equal(coco_masks.decode({"size": [37, 53], "counts": written}, None), mask)
+        assert np.array_equal(coco_masks.decode({"size": [37, 53], "counts": written}, (53, 37)), mask)
 
 
 def test_packed_run_lengths_are_read_as_pycocotools_writes_them():
     mask = np.zeros((4, 5), bool)
     mask[1:3, 1:4] = True
     # its mask.encode of this
-    assert np.array_equal(coco_masks.decode({"size": [4, 5], "counts": "5220003"}, None), mask)
+    assert np.array_equal(coco_masks.decode({"size": [4, 5], "counts": "5220003"}, (5, 4)), mask)
+
+
+def test_run_lengths_of_another_size_are_refused():
+    """4 x 6 pixels are as many as 6 x 4: they would make a mask, but of something else."""
+    with pytest.raises(ValueError, match=r"\[6, 4\]"):
+        coco_masks.decode({"size": [6, 4], "counts": [9, 1, 3, 1, 3, 1, 6]}, (6, 4))
 
 
 def test_polygons_are_filled():
@@ -91,6 +97,10 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path, 
     label = np.asarray(Image.open(tmp_path / "labels" / "a" / "1.png"))
     assert label.dtype == np.uint8 and np.array_equal(label, np.where(one, 2, 1))         # the small one lies on top
     assert not np.asarray(Image.open(tmp_path / "labels" / "2.png")).any()
+    before = [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.*"))]
+    assert run_script(coco_masks, monkeypatch, *places[:2], tmp_path / "labels" / ".." / "images") == 2
+    assert "holds the images" in capsys.readouterr().err
+    assert before == [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.*"))]
     (tmp_path / "annotations.json").write_text("{}")
     assert run_script(coco_masks, monkeypatch, *places) == 2
     error = capsys.readouterr().err

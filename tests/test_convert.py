@@ -211,6 +211,25 @@ def test_detectron2s_settings_of_a_resnext_give_its_groups():
     assert settings["MODEL.RESNETS.DEPTH"] == "50" and settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] == "256"
 
 
+def test_bf16_and_parameters_become_float32_arrays(tmp_path, monkeypatch):
+    network = common.resnet("resnet18")
+    tensors = {name: x.bfloat16() if x.is_floating_point() else x
+               for name, x in network.state_dict(keep_vars=True).items()}
+    torch.save(tensors, tmp_path / "resnet.pth")
+    assert run(monkeypatch, tmp_path / "resnet.pth", tmp_path / "resnet.pkl") == 0
+    model = pickle.loads((tmp_path / "resnet.pkl").read_bytes())["model"]
+    assert len(model) == len(tensors) and model["stem.conv1.weight"].dtype == np.float32
+    assert np.array_equal(model["stem.conv1.weight"], tensors["conv1.weight"].detach().float())
+
+
+def test_a_file_is_not_written_over_by_itself(tmp_path, monkeypatch, capsys):
+    torch.save(common.resnet("resnet18w0.25").state_dict(), tmp_path / "last.pt")
+    content = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "last.pt", tmp_path / "last.pt") == 2
+    assert "would be written over" in capsys.readouterr().err and (tmp_path / "last.pt").read_bytes() == content
+
+
 def bad(tmp_path, kind):
     if kind == "text":
         (tmp_path / "last.pt").write_text("no weights")

@@ -93,6 +93,18 @@ def test_a_mirrored_example_is_mirrored_whole(scenes):
     assert all(torch.equal(again[name], plain[name]) for name in ("image", "boxes", "masks", "keypoints"))
 
 
+def test_a_mirrored_box_has_a_width(tmp_path):
+    """float32 has 4e-9 beside 0.05 and 4e-6 beside 64: a box thin enough would vanish, and torchvision refuse it."""
+    folder = write_scenes(tmp_path / "a", 1)
+    dataset = json.loads((folder / "annotations.json").read_text())
+    dataset["annotations"] = [{**dataset["annotations"][0], "bbox": [0.05, 3, width, 9]} for width in (1e-6, 0.5)]
+    (folder / "annotations.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(dataset).encode())  # as on Windows
+    source = annotated(folder)
+    batch = coco.mirrored(coco.image_and_targets(source.image(0), None, source), [])
+    assert len(batch["boxes"]) == len(batch["labels"]) == 1
+    assert torch.allclose(batch["boxes"], torch.tensor([[63.45, 3, 63.95, 12]]))
+
+
 def test_crowds_and_images_without_objects_are_not_trained_on(tmp_path):
     folder = write_scenes(tmp_path / "a", 4)
     dataset = json.loads((folder / "annotations.json").read_text())
@@ -315,6 +327,10 @@ def change(dataset, kind):
         del dataset["categories"]
     elif kind == "another class":
         dataset["categories"][3]["name"] = "horse"
+    elif kind == "ids as text":
+        dataset["categories"] = [{**category, "id": str(category["id"])} for category in dataset["categories"]]
+        for annotation in dataset["annotations"]:
+            annotation["category_id"] = str(annotation["category_id"])
     elif kind == "missing image":
         dataset["images"][2]["file_name"] = "gone.png"
     elif kind == "wrong size":
@@ -336,7 +352,7 @@ def change(dataset, kind):
 
 @pytest.mark.parametrize("kind, says, more", [
     ("unknown category", "category 7", []), ("no categories", "no file of COCO annotations", []),
-    ("another class", "horse", []),
+    ("another class", "horse", []), ("ids as text", "is in one alone", []),
     ("missing image", "lacks 1 of the 12 images", []), ("wrong size", "its annotations 65 x 64", []),
     ("no keypoints", "annotates nothing with keypoints", ["--model", "keypointrcnn"]),
     ("unbounded", "no file of COCO annotations", []),

@@ -315,6 +315,29 @@ def test_a_bad_label_map_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatc
     assert message in error and "3.png" in error and error.count("\n") == 1 and "Traceback" not in error
 
 
+def test_a_cityscapes_map_of_16_bits_is_a_bad_label_map(tmp_path):
+    for folder, name, image in (("leftImg8bit", "leftImg8bit", np.zeros((8, 8, 3), np.uint8)),
+                                ("gtFine", "gtFine_labelIds", np.full((8, 8), 700, np.uint16))):
+        (tmp_path / folder / "train" / "ulm").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / folder / "train" / "ulm" / f"ulm_0_{name}.png")
+    source = segment.LabelMapFolder(tmp_path, "train", 19)
+    with pytest.raises(segment.BadLabel, match="holds the label 700"):
+        source.label(source.image(0))
+
+
+@pytest.mark.parametrize("content, message", [(b"\xff\xfe", "cannot be read"), (None, "train.txt")])
+def test_a_list_of_vocs_that_is_no_text_is_one_line(tmp_path, capsys, content, message):
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "JPEGImages" / "a.jpg")
+    if content:
+        (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        segment.LabelMapFolder(tmp_path, "train", 21)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data", "/nowhere", "--classes", 3], "no such folder"), (["--data", "LABELLED"], "--classes"),
     (["--data", "LABELLED", "--classes", 4, "--batch-size", 99], "do not fill a batch"),

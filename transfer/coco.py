@@ -15,7 +15,7 @@ from transfer.coco_masks import decode
 # --- Annotated images ------------------------------------------------------------------------------------------------
 
 def keep_images(folder, names, what):
-    """Keep the images of `names`, a list of bytes, in that order. what: who names them, for the error message."""
+    """Reduce `folder` to the images `names`, a list of bytes, in that order. what: the file that names them."""
     missing = sorted(set(names) - set(folder.names.tobytes().split(b"\0")))
     if missing:
         common.fail(f"{folder.root} lacks {len(missing)} of the {len(names)} images of {what}: "
@@ -30,14 +30,14 @@ class CocoFolder(common.ImageFolder):
 
     training: only images that show an object; needs: "segmentation" or "keypoints", if objects must have them.
     `.classes`: {category id: name}; `.keypoints`: the names of the keypoints; `.ids`: COCO's image ids. Exits with 2 if
-    the file has no COCO annotations or an object has no segmentation. Objects without a visible keypoint are left out.
-    The annotations are kept as text in one buffer, since Python objects would be copied into every loader worker.
+    the file has no COCO annotations or an object lacks its segmentation; leaves out objects without a visible keypoint.
+    The annotations lie in one buffer as text, since Python objects would be copied into every loader worker.
     """
 
     def __init__(self, folder, path, training, needs=None):
         super().__init__(folder)
         try:
-            dataset = json.loads(Path(path).read_text())
+            dataset = json.loads(Path(path).read_bytes())
             self.classes = {x["id"]: x["name"] for x in sorted(dataset["categories"], key=lambda x: x["id"])}
             self.keypoints = next((x["keypoints"] for x in dataset["categories"] if x.get("keypoints")), [])
             objects = {image["id"]: [] for image in dataset["images"]}
@@ -94,12 +94,12 @@ class CocoFolder(common.ImageFolder):
 def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=False):
     """An image and the targets that torchvision's detectors expect, mirrored half of the time if `flip`.
 
-    Returns image: uint8 [3, H, W]; boxes: [n, 4] xyxy in its pixels; labels: [n], from 1, since 0 is the background; if
-    asked for, masks: uint8 [n, H, W], and keypoints: [n, K, 3] (x, y, visible); shown: the number of the image.
+    Returns image: uint8 [3, H, W]; boxes: [n, 4] xyxy in its pixels; labels: [n], from 1, since 0 is the background;
+    shown: the number of the image; and, if asked for, masks: uint8 [n, H, W], and keypoints: [n, K, 3] (x, y, visible).
     """
     (boxes, classes), objects = source.objects(image.index), source.annotation(image.index)[2]
     boxes = boxes.clip(0, np.tile(np.float32(image.size), 2))
-    kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] > 1e-3).all(axis=1))  # thinner ones vanish when mirrored
     batch = {"image": common.to_tensor(image.decode()), "shown": torch.tensor(image.index),
              "boxes": torch.from_numpy(boxes[kept]), "labels": torch.from_numpy(1 + classes[kept])}
     try:
@@ -116,7 +116,7 @@ def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=Fal
 
 
 def mirrored(batch, names):
-    """An image and its targets mirrored. Keypoints whose names differ in left and right change places."""
+    """An image and its targets, mirrored. A keypoint whose name has `left` becomes its `right` twin, and vice versa."""
     width = batch["image"].shape[-1]
     batch |= {name: batch[name].flip(-1) for name in ("image", "masks") if name in batch}
     x1, y1, x2, y2 = batch["boxes"].unbind(dim=1)
@@ -132,10 +132,11 @@ def mirrored(batch, names):
 # --- Average precision -----------------------------------------------------------------------------------------------
 
 def ground_truth(path, source):
-    """pycocotools' COCO of the annotations at `path`. Images are numbered as in `source`, missing entries filled in."""
+    """pycocotools' COCO of the annotations in `path`. Images have their numbers in `source`; missing entries are added.
+    """
     from pycocotools.coco import COCO
-    dataset, number = json.loads(Path(path).read_text()), {image: i for i, image in enumerate(source.ids)}
-    images, annotations = [], []
+    dataset = json.loads(Path(path).read_bytes())
+    number, images, annotations = {image: i for i, image in enumerate(source.ids)}, [], []
     for i in range(len(source)):
         width, height, _ = source.annotation(i)
         if not (width and height):
@@ -157,9 +158,10 @@ def ground_truth(path, source):
 
 
 def detections(output, image, classes):
-    """The rows of COCO's result format for torchvision's detections in one image. Boxes are x, y, w, h in its pixels.
+    """The detections in one image as rows of COCO's result format, with boxes x, y, w, h in pixels of the image.
 
-    output: what the detector returned; image: its number in `ground_truth`; classes: the category ids, in their order.
+    output: what torchvision's detector returned; image: its number in `ground_truth`; classes: the category ids in the
+    order of the detector's labels.
     """
     from pycocotools import mask as rle
     output = {name: x.float().cpu().numpy() for name, x in output.items()}
@@ -177,7 +179,8 @@ def detections(output, image, classes):
 def average_precision(truth, rows, kinds):
     """{"AP", "AP50", "AP75", "mask_AP", ...} in percent, by pycocotools.
 
-    truth: the COCO of `ground_truth`; rows: detections in COCO's result format; kinds: of bbox, segm and keypoints.
+    truth: what `ground_truth` returned; rows: those of `detections`, of all images; kinds: some of "bbox", "segm" and
+    "keypoints".
     """
     from pycocotools.cocoeval import COCOeval
     figures = {}

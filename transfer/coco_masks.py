@@ -1,4 +1,4 @@
-"""Turns COCO annotations into masks for detcon.py (its Sec. 4.4 has human masks), or into label maps for segment.py.
+"""Turns COCO annotations into masks for detcon.py, as in DetCon's Sec. 4.4, or into label maps for segment.py.
 
     python transfer/coco_masks.py instances_train2017.json train2017 masks
     python detcon.py --data train2017 --masks masks
@@ -20,21 +20,23 @@ import common  # noqa: E402
 
 
 def decode(segmentation, size):
-    """A mask, bool [H, W], from what COCO calls a segmentation: polygons, run lengths, or packed run lengths.
+    """The mask, bool [H, W], that a COCO segmentation describes by polygons, run lengths, or packed run lengths.
 
     size: (width, height) of the image.
     """
     if isinstance(segmentation, list):
         empty = np.zeros(size[::-1], bool)
         return np.any([empty, *(inside(polygon, size) for polygon in segmentation)], axis=0)
+    if tuple(segmentation["size"]) != size[::-1]:
+        raise ValueError(f"run lengths of {segmentation['size']} rows and columns, for {size[1]} x {size[0]}")
     counts = segmentation["counts"]
     counts = unpack(counts) if isinstance(counts, str) else counts
     values = np.arange(len(counts)) % 2 == 1                                # runs of outside, inside, outside, ...
-    return np.repeat(values, counts).reshape(segmentation["size"], order="F")
+    return np.repeat(values, counts).reshape(size[::-1], order="F")
 
 
 def inside(polygon, size):
-    """Bool [H, W]: which pixels have their center in a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
+    """bool [H, W]: which pixels have their center in a polygon (x1, y1, x2, y2, ...), by the even-odd rule."""
     x, y = np.reshape(polygon, (-1, 2)).T.astype(float)
     dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y                         # the edges
     center = np.arange(size[1]) + 0.5                                       # y of each row of pixels
@@ -47,8 +49,10 @@ def inside(polygon, size):
 
 
 def unpack(text):
-    """The counts in COCO's packed run lengths: 5 bits in a character, the lowest first, and one that says whether more
-    follow. From the fourth number on, each is the difference from the count two before.
+    """The counts in COCO's packed run lengths.
+
+    A character has 5 bits of a number, the lowest first, and one bit that says whether more follow. From the fourth on,
+    a number is the difference from the count two before it.
     """
     counts, value, shift = [], 0, 0
     for character in text:
@@ -64,6 +68,22 @@ def unpack(text):
     return counts
 
 
+def draw_bits(objects, size):
+    """uint16 [H, W]: bit k tells which pixels object k has, for the first 16 objects, each a (segmentation, label)."""
+    bits = np.zeros(size[::-1], np.uint16)
+    for k, (segmentation, _) in enumerate(objects[:16]):
+        bits |= decode(segmentation, size).astype(np.uint16) << k
+    return bits
+
+
+def draw_labels(objects, size):
+    """uint8 [H, W]: each pixel's label, that of the last object that covers it, or 0. objects: as in `draw_bits`."""
+    labels = np.zeros(size[::-1], np.uint8)
+    for segmentation, label in objects:
+        labels[decode(segmentation, size)] = label
+    return labels
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", action="store_true", help="label maps instead of masks")
@@ -72,9 +92,11 @@ def main():
     parser.add_argument("masks", help="the folder to write to")
     parser.error = lambda message: common.fail(f"{message} (see --help)")
     args = parser.parse_args()
+    if Path(args.masks).resolve() == Path(args.images).resolve():
+        common.fail(f"{args.masks} holds the images: write the masks to another folder")
     try:
-        dataset = json.loads(Path(args.annotations).read_text())
-        sizes = {image["file_name"]: (image["id"], (image["width"], image["height"])) for image in dataset["images"]}
+        dataset = json.loads(Path(args.annotations).read_bytes())
+        known = {image["file_name"]: (image["id"], (image["width"], image["height"])) for image in dataset["images"]}
         order = sorted(category["id"] for category in dataset["categories"]) if args.labels else []
         objects = {}
         for annotation in sorted(dataset["annotations"], key=lambda annotation: -annotation["area"]):
@@ -85,21 +107,15 @@ def main():
         common.fail(f"{args.annotations} is no file of COCO instances ({error})")
     if len(order) > 254:
         common.fail(f"{args.annotations} has {len(order)} categories: an 8-bit label map tells 254 from the ground")
-    source, empty = common.ImageFolder(args.images), 0
+    source, draw, empty = common.ImageFolder(args.images), draw_labels if args.labels else draw_bits, 0
     for i in range(len(source)):
         name = source.name(i)
-        if name not in sizes:
+        if name not in known:
             common.fail(f"{args.annotations} does not know the image {name}")
-        number, size = sizes[name]
-        drawn = np.zeros(size[::-1], np.uint8 if args.labels else np.uint16)
+        image, size = known[name]
         path = Path(args.masks, name).with_suffix(".png")
         try:
-            for k, (segmentation, label) in enumerate(objects.get(number, [])):
-                mask = decode(segmentation, size)
-                if args.labels:
-                    drawn[mask] = label
-                elif k < 16:
-                    drawn |= mask.astype(np.uint16) << k
+            drawn = draw(objects.get(image, []), size)
             path.parent.mkdir(parents=True, exist_ok=True)
             with common.atomic_write(path) as file:
                 Image.fromarray(drawn).save(file, "png")
@@ -107,7 +123,7 @@ def main():
             common.fail(f"cannot write {path}: {error.strerror}")
         except (ValueError, TypeError, KeyError, IndexError) as error:
             common.fail(f"{args.annotations}: an object of {name} cannot be drawn ({error})")
-        empty += number not in objects
+        empty += image not in objects
     print(f"{len(source)} files in {args.masks}; {empty} images have no object"
           + ("" if args.labels else ": each is one mask as a whole"))
 

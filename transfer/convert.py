@@ -1,4 +1,4 @@
-"""Converts weights, last.pt of any method or what others released, to the names of Detectron2 or torchvision.
+"""Converts weights to the names of Detectron2 or torchvision: last.pt of any method, or what others released.
 
     python transfer/convert.py runs/soco/last.pt soco.pkl                    Detectron2: MODEL.WEIGHTS soco.pkl
     python transfer/convert.py runs/soco/last.pt soco.pth                 torchvision's Faster, Mask and Keypoint R-CNN
@@ -27,7 +27,8 @@ PARTS = ("online", "query", "target", "key")
 
 
 def read(path, part="online"):
-    """(the tensors of one network in a file, by our names; the common.Weights). Exits with 2 if it is not there."""
+    """(the tensors of one network in a file, by our names; the common.Weights). Exits with 2 if it has no such network.
+    """
     weights = common.read_weights(path)
     tensors = weights.target if part in ("target", "key") else weights.online
     if not tensors:
@@ -38,14 +39,14 @@ def read(path, part="online"):
 # --- Names -----------------------------------------------------------------------------------------------------------
 
 def resnet_name(name):
-    """The name in torchvision's ResNet, or None if that has no place for it."""
+    """The tensor's name in torchvision's ResNet, or None if that has no place for it."""
     return name.removeprefix("backbone.") if name.startswith("backbone.") else None
 
 
 def torchvision_name(name, lowest=2):
-    """The name in torchvision's detectors, or None if they have no place for it.
+    """The tensor's name in torchvision's detectors, or None if they have no place for it.
 
-    lowest: the pyramid's first level, from which torchvision counts its blocks; 3 in RetinaNet and FCOS, else 2.
+    lowest: the pyramid's first level, 3 in RetinaNet and FCOS, else 2. torchvision counts the FPN's blocks from there.
     """
     part, _, rest = name.partition(".")
     if part == "backbone":
@@ -60,10 +61,10 @@ def torchvision_name(name, lowest=2):
 
 
 def detectron2_name(name, modules=common.modules(common.DETECTRON2)):
-    """The end of the name in Detectron2's models, or None if they have no place for it.
+    """The end of the tensor's name in Detectron2's models, or None if they have no place for it.
 
-    Its beginning differs: `backbone.` or `backbone.bottom_up.`, and `roi_heads.` of res5 in a C4 detector. Detectron2's
-    checkpointer matches names by their ends.
+    Detectron2's checkpointer matches names by their ends, since beginnings differ: a backbone's is `backbone.` or
+    `backbone.bottom_up.`, and in a C4 detector res5 is in `roi_heads.`.
     """
     module = common.longest_prefix(name, modules)
     if not module:
@@ -75,21 +76,17 @@ NAMES = {"detectron2": detectron2_name, "torchvision": torchvision_name,
          "torchvision-p3": lambda name: torchvision_name(name, lowest=3), "resnet": resnet_name}
 
 
-def convert(tensors, to):
-    """(tensors by the names of `to`, {part of the network: how many of its tensors have no place there})."""
-    names = {name: NAMES[to](name) for name in tensors}
-    return ({new: tensors[name] for name, new in names.items() if new},
-            Counter(name.partition(".")[0] for name, new in names.items() if not new))
-
-
 def write(path, tensors, to):
     """Write the tensors as a dict for torch.load, or as the .pkl that Detectron2's checkpointer expects."""
     with common.atomic_write(path) as file:
         if to == "detectron2":
-            content = {"model": {name: x.numpy() for name, x in tensors.items()},
+            tensors = {name: x.detach() for name, x in tensors.items()}
+            arrays = {name: (x.float() if x.is_floating_point() else x).numpy()  # NumPy has no bf16
+                      for name, x in tensors.items()}
+            content = {"model": arrays,
                        "__author__": "pre-training for detection",
                        "matching_heuristics": True}
-            # NumPy 1, with which many a Detectron2 runs, knows arrays by this name only. NumPy 2 reads it too.
+            # Detectron2 often runs with NumPy 1, which knows arrays by this name only. NumPy 2 knows both names.
             file.write(pickle.dumps(content, 3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
         else:
             torch.save(tensors, file)
@@ -110,11 +107,10 @@ def add_init(add, nargs=None):
 
 
 def initial(args, taken=("backbone",)):
-    """(the tensors that --init names, by our names; the settings of their run); both are empty for random.
+    """(the tensors of --init, by our names; the settings of the run that made them). Both are empty for random.
 
-    Prints what the file is and which of its parts have no place, because they are not among `taken`. Fills in --arch;
-    exits with 2 if --arch is given and the file has another. Sets args.init_checksum, so that the file, not its path,
-    is a setting of the run.
+    Prints what the file is and which of its parts are not `taken`. Fills in --arch; exits with 2 if --arch is given and
+    the file has another. Sets args.init_checksum: the file's content, not its path, is a setting of the run.
     """
     if args.init in ("random", "random0"):
         args.arch, args.init_checksum = args.arch or "resnet50", args.init
@@ -131,7 +127,7 @@ def initial(args, taken=("backbone",)):
 
 
 def build(arch, tensors, norm_layer=None):
-    """The common.Backbone with the tensors of `initial`, on the CPU. Without tensors its weights are random."""
+    """A common.Backbone with the tensors of `initial`, on the CPU. Its weights are random if there are no tensors."""
     network = common.resnet(arch, norm_layer)
     tensors = {resnet_name(name): x for name, x in tensors.items() if resnet_name(name)}
     network.load_state_dict(tensors, strict=bool(tensors))
@@ -139,13 +135,13 @@ def build(arch, tensors, norm_layer=None):
 
 
 def backbone(args, norm_layer=None):
-    """The common.Backbone that --init and --arch name, on the CPU."""
+    """The common.Backbone of --init and --arch, on the CPU."""
     tensors, _ = initial(args)
     return build(args.arch, tensors, norm_layer)
 
 
 def detectron2_settings(arch):
-    """The settings of an --arch in a Detectron2 configuration, as text."""
+    """How a Detectron2 configuration describes an --arch, as text."""
     with torch.device("meta"):
         network = common.resnet(arch)
     depth, stem = int(re.match(r"resnex?t(\d+)", arch)[1]), network.conv1.out_channels
@@ -167,20 +163,23 @@ def main():
                         help="which network (default: online, the one that was trained)")
     args = parser.parse_args()
     to = args.to or ("detectron2" if args.file.endswith(".pkl") else "torchvision")
+    if Path(args.file).resolve() == Path(args.weights).resolve():
+        common.fail(f"{args.file} would be written over: take another name")
     tensors, weights = read(args.weights, args.part)
-    converted, left = convert(tensors, to)
+    names = {name: NAMES[to](name) for name in tensors}
     try:
-        write(args.file, converted, to)
+        write(args.file, {new: tensors[name] for name, new in names.items() if new}, to)
     except OSError as error:
         common.fail(f"cannot write {args.file}: {error.strerror}")
     print(f"{weights.what}, {args.part} network -> {args.file}, for {to}")
-    places = Counter()
-    for name in tensors:
-        new = NAMES[to](name)
+    placed, left = Counter(), Counter()
+    for name, new in names.items():
+        part = name.partition(".")[0]
         if new:
-            place = re.match(r"(roi_heads\.|backbone\.)?[^.]+", new)[0]  # backbone.fpn, for example
-            places[name.partition(".")[0], place] += 1
-    for (part, place), count in places.items():
+            placed[part, re.match(r"(roi_heads\.|backbone\.)?[^.]+", new)[0]] += 1  # backbone.fpn, for example
+        else:
+            left[part] += 1
+    for (part, place), count in placed.items():
         print(f"  {part} -> {place}: {count} tensors")
     for part, count in left.items():
         print(f"  {part}: {count} tensors left out, for which {to} has no place")

@@ -1,5 +1,5 @@
-"""Fine-tunes torchvision's detectors from a checkpoint, on any images with COCO annotations: what train_net.py does,
-without Detectron2.
+"""Fine-tunes torchvision's detectors from a checkpoint, on any images with COCO annotations. It does what train_net.py
+does, without Detectron2.
 
     python transfer/detect.py --init runs/soco/last.pt --train IMAGES TRAIN.json --val IMAGES VAL.json
     python transfer/detect.py --init random ...                          from nothing; or torchvision's resnet50-*.pth
@@ -7,8 +7,8 @@ without Detectron2.
     python transfer/detect.py --freeze ...                               DetCon's frozen features (its Sec. 4.3)
     torchrun --nproc_per_node=8 transfer/detect.py ...                   as the papers: 1x on COCO, 16 images a step
 
-The backbone is filled from every method, FPN and box head from SoCo too. All norms are trained, over all processes.
-Writes last.pt, whose `model` has torchvision's names, and log.jsonl with COCO's AP (package pycocotools) to --out; the
+Every method fills the backbone; SoCo fills the FPN and the box head too. All BNs are trained, over all processes.
+Writes last.pt, whose `model` has torchvision's names, and log.jsonl with COCO's AP (package pycocotools) to --out. The
 same command again resumes.
 """
 import sys
@@ -35,18 +35,18 @@ from transfer import coco, convert  # noqa: E402
 DEFAULTS = dict(  # Detectron2's 1x schedule on COCO, which the papers take; lr is for 16 images a step
     model="fasterrcnn", head="4conv1fc", size=[640, 800], rois=512, epochs=12, batch_size=16, lr=0.02, warmup=0.14,
     drops=[2 / 3, 8 / 9], weight_decay=1e-4, fill=["backbone", "fpn", "head"], print_every=50)
-# the pyramid's first level, by model
+# The first level of each model's pyramid.
 LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fcos": 3}
 
 
 # --- Detectors -------------------------------------------------------------------------------------------------------
 
 def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), rois=512):
-    """torchvision's detector, with norms in backbone, FPN and box head that are trained, over all processes.
+    """torchvision's detector `model`. Backbone, FPN and box head have BNs that are trained, over all processes.
 
-    size: range of the image's shorter side in training, in pixels; tests are at the larger, and the pyramid level of a
-    box is that of its size at 800. rois: the number of an image that train the box head, drawn from about four times
-    as many proposals. A backbone narrower than ResNet's has a detector narrower by the same factor.
+    size: (low, high) of an image's shorter side in training, in pixels. Tests take the high one. A box belongs to the
+    pyramid level that it would have if the high one were 800. rois: how many RoIs of an image train the box head, drawn
+    from about four times as many proposals. If the backbone is narrower than ResNet's, so is the rest of the detector.
     """
     norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
@@ -62,11 +62,11 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
                   image_mean=common.MEAN, image_std=common.STD)
     if model == "fcos":
         return FCOS(backbone, classes + 1, **scales)
-    # GroupNorm in a head that all levels share, as their statistics differ: torchvision's "v2"
     if model == "retinanet":
         anchors = AnchorGenerator(tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3)))
                                         for x in (32, 64, 128, 256, 512)),
                                   ((0.5, 1.0, 2.0),) * 5)
+        # As in torchvision's "v2": levels differ in their statistics and share the head, so it has GroupNorm.
         head = RetinaNetHead(channels, 9, classes + 1, norm_layer=partial(nn.GroupNorm, 32))
         return RetinaNet(backbone, classes + 1, anchor_generator=anchors, head=head, **scales)
     if head == "4conv1fc":
@@ -90,7 +90,7 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
 
 
 def fill(detector, tensors, model, head="4conv1fc"):
-    """Put the tensors of `convert.initial` in their places; returns in words what was filled and what is new."""
+    """Load the tensors of `convert.initial`. Returns (the parts that they fill, those that are new), as text."""
     named = {convert.torchvision_name(name, LOWEST[model]): x for name, x in tensors.items()}
     named = {name: x for name, x in named.items() if name and (head == "4conv1fc" or "box_head" not in name)}
     try:
@@ -103,20 +103,20 @@ def fill(detector, tensors, model, head="4conv1fc"):
 
 
 def to_float32(x):
-    """A module's output, tensors in dicts, lists or tuples, in float32."""
+    """A module's output in float32: a tensor, or tensors in dicts, lists or tuples."""
     if isinstance(x, torch.Tensor):
         return x.float()
     return {name: to_float32(y) for name, y in x.items()} if isinstance(x, dict) else type(x)(map(to_float32, x))
 
 
 class DetectorWithLosses(nn.Module):
-    """A detector whose forward gives (loss, losses). freeze: the backbone's weights and statistics stay as they are."""
+    """A detector whose forward returns (loss, losses). freeze: the backbone keeps its weights and statistics."""
 
     def __init__(self, detector, freeze=False):
         super().__init__()
         self.detector, self.freeze = detector, freeze
         detector.backbone.body.requires_grad_(not freeze)
-        # Outputs in float32, since anchors and boxes take their type: bf16 knows every 4th pixel above 512.
+        # Outputs become float32: anchors and boxes take their type, and bf16 has only every 4th number above 512.
         for name, module in detector.named_modules():
             if name in ("backbone", "rpn.head", "roi_heads.box_predictor", "head"):
                 module.register_forward_hook(lambda module, x, output: to_float32(output))
@@ -137,10 +137,10 @@ class DetectorWithLosses(nn.Module):
 
 @torch.no_grad()
 def evaluate(detector, source, truth, args, device):
-    """{"AP": 37.9, "AP50", "AP75"} in percent, and "mask_AP", ... or "keypoint_AP", ... of detectors that have them.
+    """{"AP": 37.9, "AP50", "AP75"} in percent, and "mask_AP", ... or "keypoint_AP", ... if the detector has them.
 
-    Process 0, where `truth` is `coco.ground_truth`, returns them, the others {}; all share the images. Leaves the
-    detector in eval mode.
+    All processes share the images. Process 0, which has the `truth` of `coco.ground_truth`, returns the figures, the
+    others {}. Leaves the detector in eval mode.
     """
     detector.eval()
     found, classes = {}, list(source.classes)
@@ -153,7 +153,7 @@ def evaluate(detector, source, truth, args, device):
 
     for batch, (output,) in common.map_images(predict, source, view, own_share, 1, device, args.workers,
                                               common.collate_lists):
-        image = int(batch["shown"][0])  # one that stands in for an undecodable one counts once
+        image = int(batch["shown"][0])  # an image that also stands in for an undecodable one counts once
         found[image] = coco.detections(output, image, classes)
     shares = [found]
     if common.world_size() > 1:
@@ -212,7 +212,7 @@ def main():
     if val and val.classes != source.classes:
         here, there = source.classes.items(), val.classes.items()
         common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}: "
-                    f"{sorted(there ^ here)[0]} is in one alone")
+                    f"{min(there ^ here, key=str)} is in one alone")
     if keypoints and not source.keypoints:
         common.fail(f"{args.train[1]}: no category has `keypoints`")
     tensors, _ = convert.initial(args, args.fill)

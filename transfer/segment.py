@@ -37,7 +37,7 @@ IGNORE = 255  # the label of pixels that are neither learned nor evaluated
 # From Cityscapes' 34 labels to the 19 that are evaluated. Its files *_labelTrainIds.png have these already.
 TRAIN_IDS = np.full(256, IGNORE, np.uint8)
 TRAIN_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
-GRAY = tuple(round(255 * x) for x in common.MEAN)  # what the normalization makes 0
+GRAY = tuple(round(255 * x) for x in common.MEAN)  # which is 0 when normalized
 
 
 # --- Images and their label maps -------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ class BadLabel(Exception):
 
 
 def data_layout(root):
-    """(the layout of --data: "voc", "cityscapes" or "plain"; its number of classes, or None if it has no fixed one)."""
+    """(the layout of --data: "voc", "cityscapes" or "plain"; its number of classes, or None if that is not fixed)."""
     if Path(root, "SegmentationClass").is_dir():
         return "voc", 21
     return ("cityscapes", 19) if Path(root, "leftImg8bit").is_dir() else ("plain", None)
@@ -65,8 +65,8 @@ class LabelMapFolder(common.ImageFolder):
             super().__init__(Path(root, "JPEGImages"))
             try:
                 names = [f"{name}.jpg".encode() for name in sorted(chosen.read_text().split())]
-            except OSError as error:
-                common.fail(f"{chosen}: {error.strerror}")
+            except (OSError, ValueError) as error:
+                common.fail(f"{chosen} cannot be read ({error})")
             coco.keep_images(self, names, chosen)
             self.maps = Path(root, "SegmentationClassAug")  # where the label maps of train_aug usually lie
             if not (augmented and self.maps.is_dir()):
@@ -80,9 +80,9 @@ class LabelMapFolder(common.ImageFolder):
         self.suffix = "TrainIds"
         if self.layout == "cityscapes" and not self.path(0).exists():
             self.suffix = "Ids"
-        there = {os.path.join(folder, name) for folder, _, files in os.walk(self.maps, followlinks=True)
-                 for name in files}
-        missing = [str(self.path(i)) for i in range(len(self)) if str(self.path(i)) not in there]
+        existing = {os.path.join(folder, name) for folder, _, files in os.walk(self.maps, followlinks=True)
+                    for name in files}
+        missing = [str(self.path(i)) for i in range(len(self)) if str(self.path(i)) not in existing]
         if missing:
             common.fail(f"{len(missing)} of {len(self)} images have no label map: {missing[0]} is missing")
 
@@ -104,7 +104,7 @@ class LabelMapFolder(common.ImageFolder):
         if label.shape != image.size[::-1]:
             raise BadLabel(f"{path} is {' x '.join(map(str, label.shape))}, rows by columns, and must be one gray or "
                            f"palette channel of {image.size[1]} x {image.size[0]} like its image")
-        if self.suffix == "Ids":
+        if self.suffix == "Ids" and label.max() < len(TRAIN_IDS):
             label = TRAIN_IDS[label]
         wrong = label[(label >= self.classes) & (label != IGNORE)]
         if wrong.size:
@@ -179,8 +179,8 @@ class FCN(nn.Module):
 
 
 def pixel_loss(scores, label):
-    """The cross-entropy of this process's pixels, without the ignored ones. Averaged by DDP over the processes, it is
-    the mean over all their pixels.
+    """The cross-entropy of this process's pixels, scaled so that DDP's average over the processes is the mean over all
+    pixels that are not ignored.
 
     scores: [N, classes, H, W]; label: [N, H, W] uint8.
     """
@@ -195,9 +195,8 @@ def pixel_loss(scores, label):
 
 def confusion(prediction, label, classes):
     """[classes, classes]: how many pixels of class i (row) were predicted as class j (column). Skips ignored pixels."""
-    place = torch.where(label == IGNORE, classes ** 2, label.long() * classes + prediction).flatten()
-    counts = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=place.device)
-    return counts.scatter_add_(0, place, torch.ones_like(place))[:-1].view(classes, classes)
+    cell = torch.where(label == IGNORE, classes ** 2, label.long() * classes + prediction).flatten()
+    return torch.bincount(cell, minlength=classes ** 2 + 1)[:-1].view(classes, classes)
 
 
 def iou(counts):
@@ -219,7 +218,7 @@ def evaluate(model, source, args, device):
             return model(batch["image"]).argmax(dim=1)
 
     for batch, prediction in common.map_images(predict, source, view, own_share, 1, device, args.workers):
-        if batch["shown"] == batch["index"]:  # no other image stands in for it
+        if batch["shown"] == batch["index"]:  # else another image stands in for one that cannot be decoded
             counts += confusion(prediction, batch["label"], args.classes)
         if len(examples) < 8 and common.rank() == 0:
             pictures = batch["image"] / 255, paint(batch["label"]), paint(prediction)
@@ -233,9 +232,9 @@ def evaluate(model, source, args, device):
 
 
 def paint(label):
-    """[N, 3, H, W] in [0, 1]: label maps [N, H, W] in colors, one for each class; 0 is black, and ignored is white."""
-    turns = label[:, None].float() * 0.618 + torch.tensor([0, 1 / 3, 2 / 3], device=label.device).view(3, 1, 1)
-    colors = (0.55 + 0.45 * torch.cos(2 * math.pi * turns)) * (label != 0)[:, None]
+    """[N, 3, H, W] in [0, 1]: label maps [N, H, W] with a color for each class; 0 is black, ignored pixels white."""
+    phase = label[:, None].float() * 0.618 + torch.tensor([0, 1 / 3, 2 / 3], device=label.device).view(3, 1, 1)
+    colors = (0.55 + 0.45 * torch.cos(2 * math.pi * phase)) * (label != 0)[:, None]
     return torch.where((label == IGNORE)[:, None], 1.0, colors)
 
 
