@@ -429,7 +429,7 @@ def arguments():
     add("--small-size", type=common.bounded(int, 16), help="side of V3 in pixels (default: half of --size)")
     add("--num-proposals", type=common.bounded(int, 1), help="K, the boxes of an image in a step")
     add("--jitter", type=common.bounded(float, 0, 1), help="probability of box jitter")
-    add("--momentum", type=common.bounded(float, 0, 1), help="tau at the start; it rises to 1")
+    add("--momentum", type=common.bounded(float, 0, 1), help="tau at the start; it rises to 1 along a cosine")
     add("--hidden", type=common.bounded(int, 1), help="width of the hidden layer of projector and predictor")
     add("--dim", type=common.bounded(int, 1), help="length of an embedding")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
