@@ -85,8 +85,8 @@ class Stop:
     """Ends the program on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP with nothing lost; exit code 128 + signal.
 
     While a run trains (`.holding`), a signal is only noted in `.signal`, and `Run.until_stopped` ends the run after the
-    step. Otherwise the program ends at once: what it has finished is on disk. So does a second signal, but not within 3
-    seconds of the first: torchrun passes on a signal that its processes may already have.
+    step. Otherwise the program ends at once: what it has finished is on disk. A second signal always ends it at once,
+    except within 3 seconds of the first: torchrun passes on a signal that its processes may already have.
     """
 
     def __init__(self):
@@ -1128,14 +1128,14 @@ LAYOUTS = {  # {a name that only this layout has: (what it is, its method, its t
     "conv1.weight": ("a ResNet without classifier, as DetCo of the authors", None, RESNET, {"": "online"})}
 
 
-def modules(table, mark=""):
+def module_names(table, mark=""):
     """{our module: theirs}: one of the tables above with all its counts filled in."""
     return {ours.format(k, k + 1, k + 2, b=b, c=c): theirs.format(k, k + 1, k + 2, b=b, c=c, n=mark)
             for ours, theirs in table.items() for k, b, c in product(range(4), range(36), (1, 2, 3))}
 
 
 def longest_prefix(name, modules):
-    """The longest of `modules` that the name of a tensor begins with, or an empty string."""
+    """The longest name among `modules` that the name of a tensor begins with, or an empty string."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name
@@ -1250,7 +1250,7 @@ def layout(path, state, model):
     what, theirs, table, marks = LAYOUTS[known]
     places = {}
     for mark, network in reversed(marks.items()):  # the online network last: it has what bears no mark, as a queue
-        places |= {there: (network, here) for here, there in modules(table, mark).items()}
+        places |= {there: (network, here) for here, there in module_names(table, mark).items()}
     return f"{method} of this project" if method else what, method or theirs, places
 
 

@@ -60,7 +60,7 @@ def torchvision_name(name, lowest=2):
     return None
 
 
-def detectron2_name(name, modules=common.modules(common.DETECTRON2)):
+def detectron2_name(name, modules=common.module_names(common.DETECTRON2)):
     """The end of the tensor's name in Detectron2's models, or None if they have no place for it.
 
     Detectron2's checkpointer matches names by their ends, since beginnings differ: a backbone's is `backbone.` or
