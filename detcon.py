@@ -331,7 +331,7 @@ def read_mask(image, folder, source):
     """The masks of an image, from its PNG.
 
     8-bit gray or palette: a label map; RGB: three label maps; 16-bit gray: up to 16 masks that may overlap, one a bit.
-    The PNG is as large as the image, or as `common.shrunk_size` makes it.
+    The PNG has the size of the image, or its `shrunk_size`.
     """
     path = mask_path(folder, source, image.index)
     if not path.exists():
