@@ -230,8 +230,8 @@ def report(args, methods):
         if bars:
             panels.append(page.bars(title, bars, list(rows)))
     if panels:
-        lines = [page.lay(panels[k:k + 3]) for k in range(0, len(panels), 3)]
-        page.lay(lines, down=True).save(args.out / "chart.png")
+        lines = [page.arrange(panels[k:k + 3]) for k in range(0, len(panels), 3)]
+        page.arrange(lines, down=True).save(args.out / "chart.png")
     return table
 
 

@@ -32,7 +32,7 @@ import detcon  # noqa: E402
 import dupr  # noqa: E402
 import soco  # noqa: E402
 from transfer import convert  # noqa: E402
-from transfer.page import SIDE, boxed, chart, heated, histogram, lay, linked, picture, table, titled  # noqa: E402
+from transfer.page import SIDE, arrange, boxed, chart, heated, histogram, linked, picture, table, titled  # noqa: E402
 
 MASK_COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {95 - k % 2 * 15}%)") for k in range(256)]
 
@@ -42,7 +42,7 @@ MASK_COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {9
 def networks(args, device):
     """{name: backbone}, one for each --init.
 
-    Fills in --size: `args.times` the largest size of views that one of them was trained with, or 224 if none tells.
+    Fills in --size: `args.times` the size of the views in training, the largest of all --init; 224 if none is known.
     """
     found, sizes = {}, []
     for init in args.init:
@@ -73,12 +73,12 @@ def open_images(args, single=False):
 
 
 def pick(args, source):
-    """The numbers of --images random images: [n]."""
+    """[n]: the indices of --images random images."""
     return np.random.default_rng((5, args.seed)).permutation(len(source))[:args.images]
 
 
 def load(args, source, view, images, device, collate=None):
-    """One batch on the device: `view` of each of the `images`, which are numbers."""
+    """One batch on the device: `view` of all `images`, which are indices."""
     batch = [(0, int(i)) for i in images]
     return next(iter(common.Loader(source, view, [batch], 0, device, args.seed, collate)))
 
@@ -95,7 +95,7 @@ def recolored(views, colors):
 
 
 def open_proposals(args, source, device):
-    """The function proposals(image, rng), which gives boxes [n, 4] in xyxy pixels of the image."""
+    """A function proposals(image, rng), which returns boxes [n, 4] in xyxy pixels of the image."""
     kind = args.proposals or ("truth" if args.data is None else args.otherwise)
     if kind == "search":
         common.need_opencv("--proposals search", "--proposals random")
@@ -134,9 +134,9 @@ def attention(args, device):
 
 @common.exact_products()
 def nearest(rows, queries, k):
-    """[Q, k]: the numbers of the other rows that are most similar to each query, the best first.
+    """[Q, k]: the indices of the rows that are most similar to each query, without the query itself, the best first.
 
-    rows: [N, C], L2-normalized; queries: [Q], numbers of rows.
+    rows: [N, C], L2-normalized; queries: [Q], indices of rows.
     """
     similarity = rows[queries] @ rows.T
     similarity[torch.arange(len(queries)), queries] = -2
@@ -144,7 +144,7 @@ def nearest(rows, queries, k):
 
 
 def neighbors(args, device):
-    """The images with the most similar features. A green frame: they are of the query's folder. Red: they are not."""
+    """The images with the most similar features. A frame is green if they are in the same folder, and red if not."""
     nets = networks(args, device)
     source = open_images(args, single=True)
     if len(source) < 2:
@@ -169,17 +169,17 @@ def neighbors(args, device):
             colors = ["#00a000" if classes[i] == classes[query] else "#d00000" for i in near]
             colors = ["white"] + (["white"] * len(near) if one_class else colors)
             line = [ImageOps.expand(picture(x, SIDE // 2), 4, color) for x, color in zip(views, colors)]
-            lines.append(titled(lay(line, gap=0), f"{name}, c{args.stage}"))
-    return lay(lines, down=True, gap=2)
+            lines.append(titled(arrange(line, gap=0), f"{name}, c{args.stage}"))
+    return arrange(lines, down=True, gap=2)
 
 
 # --- Correspondence (DUPR, Sec. 4.6.2) -------------------------------------------------------------------------------
 
 @common.exact_products()
 def matches(q, k):
-    """[N, h*w]: the number of the patch of view k that is most similar to each patch of view q.
+    """[N, h*w]: the index of the patch of view k that is most similar to each patch of view q.
 
-    q, k: features [N, C, h, w]. Patches are numbered row by row.
+    q, k: features [N, C, h, w]. Patches are counted row by row.
     """
     q, k = (F.normalize(x.float().flatten(2), dim=1) for x in (q, k))                     # [N, C, h*w]
     return (q.mT @ k).argmax(dim=2)
@@ -191,11 +191,11 @@ def counterparts(points, box_q, box_k, turned):
     points: [P, 2], x and y in pixels; box_q, box_k: [N, 1, 4], the intersection in pixels of each view; turned: bool
     [N], true if only one of the two views is mirrored.
     """
-    share = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])  # 0 to 1 across the intersection
-    visible = ((share >= 0) & (share <= 1)).all(dim=2)
-    mirrored = torch.stack([1 - share[..., 0], share[..., 1]], dim=2)
-    share = torch.where(turned[:, None, None], mirrored, share)
-    return torch.lerp(box_k[..., :2], box_k[..., 2:], share), visible
+    place = (points - box_q[..., :2]) / (box_q[..., 2:] - box_q[..., :2])  # 0 to 1 across the intersection
+    visible = ((place >= 0) & (place <= 1)).all(dim=2)
+    mirrored = torch.stack([1 - place[..., 0], place[..., 1]], dim=2)
+    place = torch.where(turned[:, None, None], mirrored, place)
+    return torch.lerp(box_k[..., :2], box_k[..., 2:], place), visible
 
 
 def overlapping_views(image, rng, size, min_area):
@@ -296,7 +296,7 @@ def iou(args, device):
         boxes = first["boxes"][0, [k + 1, 0]] * (SIDE / args.size)
         example = boxed(picture(first["view"][0]), boxes, ["#60b0ff", "red"])
         charts.append(titled(example, f"IoU {rows[0][0, k, 0]:.2f}, similarity {rows[0][0, k, 1]:.2f}"))
-    return lay(charts)
+    return arrange(charts)
 
 
 # --- Proposals and views (SoCo, Figures 2, 3) ------------------------------------------------------------------------
@@ -332,13 +332,13 @@ def proposals(args, device):
     sides = (all_boxes[:, 2:] - all_boxes[:, :2]).astype(float)
     figure_3 = [histogram(np.diff(boxes_of.offsets), "proposals an image"),
                 histogram(np.sqrt(sides.prod(axis=1)), "sqrt(wh) of a proposal")]
-    return lay([table(columns), lay(figure_3)], down=True)
+    return arrange([table(columns), arrange(figure_3)], down=True)
 
 
 # --- Masks (DetCon, Figure 3) ----------------------------------------------------------------------------------------
 
 def open_masks(kind, source):
-    """The function masks(image), as detcon.py has it. With fh it segments the image at once and makes no file."""
+    """A function masks(image), as in detcon.py. With fh, it segments the image at once and makes no file."""
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
         return lambda image: detcon.felzenszwalb(source.image(image.index), detcon.PAPER["fh_scale"])
@@ -391,7 +391,7 @@ def curves(args, device):
         if not lines:
             common.fail(f"--stats {stat}: not in the logs, which have {', '.join(available)}")
         charts.append(chart(stat, lines, "step"))
-    return lay([lay(charts[k:k + 3]) for k in range(0, len(charts), 3)], down=True)
+    return arrange([arrange(charts[k:k + 3]) for k in range(0, len(charts), 3)], down=True)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -404,7 +404,8 @@ def arguments():
     def command(draw, images=4, stage=None, aliases=(), **settings):
         """Add the command `draw` and return its add_argument. stage: the default of --stage, if it needs networks.
 
-        settings: `shapes`, how many are drawn without --data; `times`, how much larger views are than in training.
+        settings: shapes, how many are drawn without --data; times, how much larger views are than in training;
+        otherwise, the --proposals of images of one's own.
         """
         own = commands.add_parser(draw.__name__, aliases=aliases, help=draw.__doc__, description=draw.__doc__)
         own.error = parser.error

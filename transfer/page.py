@@ -1,35 +1,36 @@
-"""Pictures, titles, boxes and charts, laid out on a page."""
+"""What look.py and compare.py draw with: pictures with titles, boxes, heat maps and lines, side by side; and charts."""
 import math
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 SIDE = 256  # of a picture on the page, in pixels
-CHART, FRAME = (520, 350), (64, 58, 504, 304)  # the size of a chart, and where its axes lie in it, xyxy
+CHART, FRAME = (520, 350), (64, 58, 504, 304)  # the size of a chart, and the rectangle of its axes in it, xyxy
 HEAT = ["#00007f", "#0040ff", "#00d0d0", "#ffe000", "#e00000"]  # the colors of a heat map, from 0 to 1
-# The colors of lines and bars, which the color-blind can tell apart.
+# The colors of lines and bars. Color-blind readers can tell them apart.
 INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 
 
 def picture(x, side=SIDE):
-    """The PIL image of a uint8 [3, S, S], side x side pixels."""
+    """A PIL image, side x side pixels, of x, uint8 [3, S, S]."""
     return Image.fromarray(x.permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def lay(pictures, down=False, gap=8):
-    """One picture of many on white: side by side, or with `down` below each other, `gap` pixels apart."""
+def arrange(pictures, down=False, gap=8):
+    """One picture of many, on white: side by side, or below each other if `down`, `gap` pixels apart."""
     pictures = list(pictures)
-    ends = np.cumsum([p.size[down] + gap for p in pictures])
-    across = max(p.size[not down] for p in pictures)
-    sheet = Image.new("RGB", (across, int(ends[-1]) - gap) if down else (int(ends[-1]) - gap, across), "white")
-    for p, end in zip(pictures, ends):
-        start = int(end) - gap - p.size[down]
+    widths, heights = zip(*(p.size for p in pictures))
+    gaps = gap * (len(pictures) - 1)
+    size = (max(widths), sum(heights) + gaps) if down else (sum(widths) + gaps, max(heights))
+    sheet, start = Image.new("RGB", size, "white"), 0
+    for p in pictures:
         sheet.paste(p, (0, start) if down else (start, 0))
+        start += p.size[down] + gap
     return sheet
 
 
 def titled(image, title):
-    """A picture below its title."""
+    """The picture with a title above it."""
     sheet = ImageOps.expand(image, (0, 26, 0, 0), "white")
     ImageDraw.Draw(sheet).text((0, 4), title, "black", ImageFont.load_default(16))
     return sheet
@@ -37,18 +38,18 @@ def titled(image, title):
 
 def table(columns):
     """One picture of the columns {title: pictures from top to bottom}."""
-    rows = list(zip(*columns.values()))
-    return lay([lay(map(titled, rows[0], columns)), *map(lay, rows[1:])], down=True)
+    first, *rows = zip(*columns.values())
+    return arrange([arrange(map(titled, first, columns)), *map(arrange, rows)], down=True)
 
 
 def boxed(image, boxes, colors, labels=()):
-    """The picture with boxes [n, 4], xyxy in its pixels, and their labels drawn into it."""
+    """The picture with boxes [n, 4], xyxy in its pixels, and their labels. They are drawn into `image` itself."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for box, color in zip(boxes.tolist(), colors):
         pen.rectangle([*map(round, box)], outline=color, width=3)
     for (x, y, _, _), color, label in zip(boxes.tolist(), colors, labels):
-        place = pen.textbbox((x + 4, y + 3), label, font)
-        pen.rectangle([place[0] - 3, place[1] - 2, place[2] + 2, place[3] + 2], fill=color)
+        left, top, right, bottom = pen.textbbox((x + 4, y + 3), label, font)
+        pen.rectangle([left - 3, top - 2, right + 2, bottom + 2], fill=color)
         pen.text((x + 4, y + 3), label, "black", font)
     return image
 
@@ -56,23 +57,23 @@ def boxed(image, boxes, colors, labels=()):
 def heated(image, heat):
     """The picture under a heat map [S, S] of values in [0, 1]."""
     heat = np.asarray(Image.fromarray(heat.cpu().numpy()).resize(image.size, Image.Resampling.BILINEAR))
-    inks = np.array([ImageColor.getrgb(ink) for ink in HEAT])
-    heat = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in inks.T], axis=2)
+    colors = np.array([ImageColor.getrgb(color) for color in HEAT])
+    heat = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in colors.T], axis=2)
     return Image.blend(image, Image.fromarray(heat.astype(np.uint8)), 0.5)
 
 
 def linked(left, right, starts, ends, found):
-    """Two pictures with lines from `starts` in the left one to `ends` in the right one.
+    """Two pictures with lines from `starts` in the left one to `ends` in the right one, green if `found`, else red.
 
-    starts, ends: [n, 2], x and y in pixels of each picture; found: bool [n], which lines are green. The others are red.
+    starts, ends: [n, 2], x and y in pixels of their picture; found: bool [n].
     """
-    sheet = lay([left, right])
+    sheet = arrange([left, right])
     pen, shift = ImageDraw.Draw(sheet), sheet.width - right.width
     for good, start, (x, y) in sorted(zip(found.tolist(), starts.tolist(), ends.tolist())):  # the green ones on top
-        ink, line = "#00e000" if good else "#ff3030", [tuple(start), (x + shift, y)]
-        pen.line(line, ink, 1 + good)
+        color, line = "#00e000" if good else "#ff3030", [tuple(start), (x + shift, y)]
+        pen.line(line, color, 1 + good)
         for x, y in line:
-            pen.ellipse([x - 3, y - 3, x + 3, y + 3], ink, "black")
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], color, "black")
     return sheet
 
 
@@ -87,7 +88,7 @@ def ticks(values):
 
 
 def chart(title, lines, below):
-    """A chart of lines {name: (x, y)}; below: the name of the x axis."""
+    """A chart of `lines`, {name: (xs, ys)}; below: the name of the x axis."""
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")  # drawn twice as large, for smooth lines
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
@@ -119,13 +120,13 @@ def chart(title, lines, below):
 
 
 def histogram(values, below):
-    """A chart of how the values are distributed; below: what they are."""
+    """A chart of how the values [n] are distributed; below: what they are."""
     counts, edges = np.histogram(values, 20)
     return chart(f"Share; mean {values.mean():.3g}", {"": ((edges[1:] + edges[:-1]) / 2, counts / len(values))}, below)
 
 
 def bars(title, values, order):
-    """A bar chart of {name: (mean, spread)} with whiskers. A name's place in `order`, all names, gives its color."""
+    """A bar chart with whiskers of `values`, {name: (mean, spread)}. A name's place in `order` gives its color."""
     left, top, right, bottom = FRAME
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)

@@ -3,7 +3,7 @@
     python transfer/train_net.py --config-file transfer/configs/soco-fpn-1x.yaml --num-gpus 8 MODEL.WEIGHTS soco.pkl
 
 The weights come from transfer/convert.py. configs/README.md says which configuration belongs to which table.
-What Detectron2's own keys can say is in the configurations. This file has what they cannot: BN after stage 5 in a C4
+The configurations hold what Detectron2's own keys can say. This file adds what they cannot: BN after stage 5 in a C4
 detector, FCOS from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), and an
 evaluator for each data set.
 
@@ -44,9 +44,9 @@ except ImportError as error:
 # --- A share of COCO -------------------------------------------------------------------------------------------------
 
 def parse_subset(name):
-    """(name of the whole data set, percentage, seed): ("coco_2017_train", 5, 3) of `coco_2017_train_5percent_seed3`.
+    """(name of the whole data set, percentage, seed): ("coco_2017_train", 5, 3) for `coco_2017_train_5percent_seed3`.
 
-    Without `_seed3` the seed is 0. Returns None for the name of a whole data set.
+    The seed is 0 if the name gives none. Returns None if it is the name of a whole data set.
     """
     match = re.fullmatch(r"(.+)_(\d+)percent(?:_seed(\d+))?", name)
     return match and (match[1], int(match[2]), int(match[3] or 0))
@@ -56,7 +56,7 @@ def sample(records, percent, seed):
     """The given percentage of the records, in their order: those with the lowest hash of (seed, image_id).
 
     records: dicts with an `image_id`, one for each image. Every machine samples the same images, because a hash depends
-    neither on their order nor on a library's version. The 1 % are among the 2 %.
+    neither on their order nor on a library's version. A sample of 2 % contains that of 1 %.
     """
     digest = lambda record: hashlib.sha256(f"{seed} {record['image_id']}".encode()).digest()
     count = round(len(records) * percent / 100)
@@ -65,7 +65,7 @@ def sample(records, percent, seed):
 
 
 def register_subset(name):
-    """Register the data set of this name with Detectron2, if it is a subset that Detectron2 does not know yet."""
+    """Register the data set with Detectron2, if its name is that of a share that Detectron2 does not know yet."""
     if name in DatasetCatalog.list() or not parse_subset(name):
         return
     whole, percent, seed = parse_subset(name)
@@ -85,12 +85,12 @@ def check_data(cfg):
 
 
 def mend_evaluators():
-    """Put back names that newer libraries have dropped and that the packages of some data sets still use."""
+    """Restore what newer libraries have dropped and the evaluation packages of some data sets still use."""
     # lvis 0.5.3 uses np.float, which NumPy 1.24 dropped; cityscapesscripts 2.3.0 uses np.in1d, which NumPy 2.4 dropped.
     for name, instead in {"float": float, "in1d": np.isin}.items():
         if name not in np.__dict__:
             setattr(np, name, instead)
-    # cityscapesscripts writes counts as JSON, which takes no NumPy integer: NumPy 2.4 made counts such integers.
+    # cityscapesscripts writes counts as JSON, which knows no NumPy integers. Since NumPy 2.4, counts are such integers.
     if isinstance(np.count_nonzero(np.ones(1)), np.integer):
         count = np.count_nonzero
 
@@ -98,7 +98,7 @@ def mend_evaluators():
             counts = count(x, axis, **options)
             return int(counts) if axis is None else counts
         np.count_nonzero = count_nonzero
-    # Detectron2 of 2025 and 2026 imports cityscapesscripts from the place that it has at Meta.
+    # Detectron2 of 2025 and 2026 imports cityscapesscripts by the name that it has inside Meta.
     try:
         import cityscapesscripts
     except ImportError:
@@ -125,9 +125,9 @@ def check_weights(cfg):
 
 @contextmanager
 def filling(model, weights):
-    """Context in which weights are loaded. Exits with 2 if they do not change the backbone.
+    """Context in which `weights` are loaded into the model. Exits with 2 if that does not change the backbone.
 
-    Detectron2 itself only warns of names that it does not know.
+    Detectron2 itself only warns about names that it does not know.
     """
     tensors = {name: x for name, x in model.state_dict().items() if "backbone" in name and x.ndim == 4}
     before = {name: x.clone() for name, x in tensors.items()}
@@ -173,7 +173,7 @@ def FCOSFromConfig(cfg):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer with DetCon's crops, if the configuration asks for them, and an evaluator for each data set.
+    """Detectron2's trainer, with DetCon's crops if the configuration asks for them, and with all data sets' evaluators.
     """
 
     @classmethod
