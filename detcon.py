@@ -45,9 +45,7 @@ DEMO = dict(
     arch="resnet18w0.25", size=48, epochs=2, batch_size=64, lr=64.0, warmup=0.5, print_every=32, masks="truth")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Views (Sec. 3.1, A.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Views (Sec. 3.1, A.1) -------------------------------------------------------------------------------------------
 
 def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=False):
     """Two random crops of one image, each mirrored half of the time, and M = `num_masks` masks of each.
@@ -158,9 +156,7 @@ def color_augmentation(variant, view, size):
     return Colors(0.4, 0.4, 0.2, 0.1, blur_p=[1.0, 0.1][view - 1], solarize_p=[0.0, 0.2][view - 1], **same)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model (Sec. 3.1, A.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Model (Sec. 3.1, A.2) -------------------------------------------------------------------------------------------
 
 def mask_pool(h, masks):
     """h_m [N, M, C]: the means of c5 [N, C, h, w] over the cells, weighted by each mask [N, M, h, w]."""
@@ -291,9 +287,7 @@ class DetCon(nn.Module):
             common.momentum_update(self.target, self.online, momentum)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks (Sec. 3.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Masks (Sec. 3.2) ------------------------------------------------------------------------------------------------
 
 def felzenszwalb(image, scales):
     """Felzenszwalb-Huttenlocher segments, with the scale as minimum size: uint8 [H, W], or [H, W, 3] for three scales.
@@ -373,9 +367,7 @@ def open_masks(args, source, device):
     return partial(read_mask, folder=folder, source=source), f"masks {content:08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training (A.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training (A.3) --------------------------------------------------------------------------------------------------
 
 COLORS = "red lime yellow cyan magenta orange white dodgerblue green purple brown pink".split()
 
@@ -409,7 +401,7 @@ def arguments():
     add("--num-masks", type=common.bounded(int, 1), help="M, the masks of a view in a step")
     add("--mask-pooling", choices=["soft", "hard", "sample"], help="soft: weigh each cell by the mask's share of it; "
         "hard: only cells that the mask has most of, as in the released code; sample: one random cell (Sec. 4.4)")
-    add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b)")
+    add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b), for --mask-pooling sample")
     add("--negatives", type=common.bounded(int, 1), metavar="N",
         help="contrast N images at a time (Table 5 a: 32; default: the whole batch)")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau")

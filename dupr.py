@@ -40,9 +40,7 @@ DEMO = dict(
     augment="moco")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Views (Sec. 3.2.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Views (Sec. 3.2.1) ----------------------------------------------------------------------------------------------
 
 def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
     """Two random crops, each mirrored half of the time, and the box that they share. q and k are the paper's 1 and 2.
@@ -81,9 +79,7 @@ def color_augmentation():
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model (Sec. 3.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Model (Sec. 3.2) ------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
     """The backbone and two kinds of heads: h, an MLP for the pooled features of each level with alpha > 0; g, an MLP of
@@ -242,9 +238,7 @@ class InfoNCEInParts(torch.autograd.Function):
         return grad[:, None] * gradient, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
     """Write views.png: both views of a few images with the S x S grid in their intersection.
