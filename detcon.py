@@ -401,7 +401,7 @@ def arguments():
     add("--num-masks", type=common.bounded(int, 1), help="M, the masks of a view in a step")
     add("--mask-pooling", choices=["soft", "hard", "sample"], help="soft: weigh each cell by the mask's share of it; "
         "hard: only cells that the mask has most of, as in the released code; sample: one random cell (Sec. 4.4)")
-    add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b), for --mask-pooling sample")
+    add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b; with sample)")
     add("--negatives", type=common.bounded(int, 1), metavar="N",
         help="contrast N images at a time (Table 5 a: 32; default: the whole batch)")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau")
