@@ -294,7 +294,8 @@ def test_views_are_as_large_as_in_training_or_twice_that_whatever_they_are_compa
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command", ["attention", "neighbors -k 3", "patches", "iou --images 5",
-                                     "proposals --proposals random", "masks --masks grid4", "curves"])
+                                     "proposals --proposals random", "proposals --proposals whole --images 2",
+                                     "masks --masks grid4", "curves"])
 @pytest.mark.parametrize("data", ["folder", "shapes"])
 def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_path, monkeypatch, runs, pictures):
     argv = command.split()
