@@ -1,4 +1,6 @@
 """What a GPU will be asked to do, held on machines without one; where there is one, every script runs on it."""
+import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,8 +22,20 @@ SMALL = {**dict.fromkeys(("moco", "detco", "dupr"), dict(queue=64, dim=16)),
          **dict.fromkeys(("soco", "detcon_s", "detcon_b"), dict(hidden=24, dim=16))}
 
 
+def in_a_child(test):
+    """Run a test in a forked process: autograd's threads of a device, once started, keep this one from forking."""
+    @functools.wraps(test)
+    def run(**arguments):
+        child = multiprocessing.get_context("fork").Process(target=test, kwargs=arguments)
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+    return run
+
+
 @pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize("name", METHODS)
+@in_a_child
 def test_a_step_never_makes_the_host_wait_for_the_gpu(name, world):
     ledger = fake_gpu.counted(name, world, **SMALL[name])
     assert not ledger.waits and ledger.launches > 500
@@ -44,6 +58,7 @@ def test_a_wait_is_noticed_wherever_it_is(name):
     assert len(ledger.waits) == 1
 
 
+@in_a_child
 def test_a_wait_in_backward_is_noticed():
     with fake_gpu.pretended() as ledger:
         y = torch.ones(2, device="cuda").requires_grad_().sin()
