@@ -1562,7 +1562,7 @@ class Run:
         if len(probes) == 2:
             told = ", ".join(f"{name} {after:.1%} ({before:.1%})"
                              for (name, after), before in zip(probes[1].items(), probes[0].values()))
-            figures += [f"objects told by {told}"]
+            figures += [f"objects recognized from {told}"]
         if rank() == 0:
             print_line(f"step {self.step} of {self.total}: {', '.join(figures)}")
 

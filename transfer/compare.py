@@ -221,8 +221,8 @@ def report(args, methods):
         lines.append(f"| {method} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     (args.out / "table.md").write_text(table + "\n")
-    titles = {f"c{k}": f"objects told by c{k}, accuracy in %" for k in (2, 3, 4, 5)}
-    titles |= {"kNN": "nearest neighbors, accuracy in %",
+    titles = {f"c{k}": f"objects recognized from c{k}, in %" for k in (2, 3, 4, 5)}
+    titles |= {"kNN": "nearest neighbors' accuracy, in %",
                **{f"AP {100 * x:g}%": f"AP with {100 * x:g}% of the labels" for x in args.shares}}
     panels = []
     for name, title in titles.items():
