@@ -44,7 +44,7 @@ WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, firs
 
 DEMO = dict(
     arch="resnet18w0.25", size=48, epochs=1, batch_size=32, lr=64.0, warmup=0.5, print_every=32, proposals="truth",
-    num_proposals=2, hidden=512)  # lr is 1.0 at 32; the paper's 0.125 learns too slowly for 256 steps
+    num_proposals=2, hidden=512)  # lr is 1.0 at 32; the paper's 0.125 is too slow for 256 steps, and better for 2048
 
 
 # --- Views (Sec. 3.2) ------------------------------------------------------------------------------------------------
