@@ -213,7 +213,7 @@ def rendezvous():
 
 @contextmanager
 def exact_products():
-    """Context in which products of float32 matrices are exact: TF32's 10 bits are enough to train, not to rank."""
+    """Context in which products of float32 matrices are exact. TF32's 10 bits do for training alone."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -985,11 +985,16 @@ class Shapes(ImageFolder):
         2, ... for the objects.
         """
         with multiprocessing.get_context("fork").Pool(cores()) as pool:
-            scenes = pool.imap(self.scene, range(len(self)), chunksize=64)
-            pictures, self.boxes, masks, self.classes = zip(*scenes)
-        label_map = lambda masks: np.tensordot(np.arange(1, len(masks) + 1, dtype=np.uint8), masks, axes=1)
-        self.pictures, self.segments = np.stack(pictures), np.stack([label_map(m) for m in masks])
+            scenes = pool.imap(self.labeled_scene, range(len(self)), chunksize=64)
+            pictures, self.boxes, self.classes, segments = zip(*scenes)
+        self.pictures, self.segments = np.stack(pictures), np.stack(segments)
         return self
+
+    def labeled_scene(self, i):
+        """(image, boxes, classes, label map) of picture i."""
+        image, boxes, masks, classes = self.scene(i)
+        labels = np.arange(1, len(masks) + 1, dtype=np.uint8)
+        return image, boxes, classes, np.tensordot(labels, masks, axes=1)
 
     def objects(self, i):
         """Boxes [n, 4] and classes [n] of picture i; after `draw_all`."""
@@ -1560,9 +1565,9 @@ class Run:
         probes = [{name[6:]: x for name, x in row.items() if name.startswith("probe_")}
                   for row in rows if "probe_c2" in row]
         if len(probes) == 2:
-            told = ", ".join(f"{name} {after:.1%} ({before:.1%})"
-                             for (name, after), before in zip(probes[1].items(), probes[0].values()))
-            figures += [f"objects recognized from {told}"]
+            probed = ", ".join(f"{name} {after:.1%} ({before:.1%})"
+                               for (name, after), before in zip(probes[1].items(), probes[0].values()))
+            figures += [f"objects recognized from {probed}"]
         if rank() == 0:
             print_line(f"step {self.step} of {self.total}: {', '.join(figures)}")
 
@@ -1786,7 +1791,7 @@ def detector_size(size):
 @torch.no_grad()
 @exact_products()
 def probe(backbone, train, val, size, device, workers=0, pool=pool_stages):
-    """{"c2": ..., "c5"}: the accuracy in [0, 1] of a linear classifier that tells the object in a box by one stage.
+    """{"c2": ..., "c5"}: the accuracy in [0, 1] of a linear classifier of the objects in boxes, by stage.
 
     train, val: sources with objects, to learn from and to evaluate on. pool(stages, boxes): as `pool_stages`.
     """

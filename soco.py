@@ -175,7 +175,7 @@ class ObjectEncoder(nn.Module):
         rows = common.pool_stages(stages, boxes)
         if self.detector == "fpn":
             padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True, padding_value=-1)  # [N, K, 4]
-            real = padded[..., 2].flatten() >= 0                                          # [N*K]
+            real = (padded != -1).any(dim=2).flatten()                                    # [N*K]
             levels = assign_levels(padded, 4 * stages[0].shape[-1]) if self.levels else None
             pyramid = list(self.fpn(dict(enumerate(stages))).values())
             cells_3, cells_7 = (pyramid_roi_align(pyramid, padded, levels, side)[real] for side in (3, 7))
@@ -446,7 +446,7 @@ def arguments():
 
 
 def evaluate(run, encoder, pair, device):
-    """Write what kNN tells by c4 and, of drawn shapes, what the object probe tells by every part of the encoder."""
+    """Write the accuracies of kNN on c4 and, of drawn shapes, of the object probe on every part of the encoder."""
     with common.evaluating(encoder):
         run.monitor(encoder.backbone, pair, device, stage=4, pool=encoder.pool)
 

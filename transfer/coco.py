@@ -132,8 +132,7 @@ def mirrored(batch, names):
 # --- Average precision -----------------------------------------------------------------------------------------------
 
 def ground_truth(path, source):
-    """pycocotools' COCO of the annotations in `path`. Images have their numbers in `source`; missing entries are added.
-    """
+    """pycocotools' COCO of the annotations in `path`, with images numbered as in `source` and all entries filled in."""
     from pycocotools.coco import COCO
     dataset = json.loads(Path(path).read_bytes())
     number, images, annotations = {image: i for i, image in enumerate(source.ids)}, [], []

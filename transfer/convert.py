@@ -27,8 +27,7 @@ PARTS = ("online", "query", "target", "key")
 
 
 def read(path, part="online"):
-    """(the tensors of one network in a file, by our names; the common.Weights). Exits with 2 if it has no such network.
-    """
+    """(the tensors of one network, by our names; the common.Weights). Exits with 2 if the file has no such network."""
     weights = common.read_weights(path)
     tensors = weights.target if part in ("target", "key") else weights.online
     if not tensors:

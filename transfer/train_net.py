@@ -173,8 +173,7 @@ def FCOSFromConfig(cfg):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer, with DetCon's crops if the configuration asks for them, and with all data sets' evaluators.
-    """
+    """Detectron2's trainer with DetCon's crops, if the configuration asks for them, and every data set's evaluator."""
 
     @classmethod
     def build_train_loader(cls, cfg):
