@@ -1129,6 +1129,7 @@ LAYOUTS = {  # {a name that only this layout has: (what it is, its method, its t
     "neck.fpn_convs.0.conv.weight": ("SoCo of the authors, FPN", "soco", SOCO, {"": "online", "_k": "target"}),
     "encoder.conv1.weight": ("SoCo of the authors, C4", "soco", SOCO, {"": "online", "_k": "target"}),
     "stem.conv1.weight": ("a Detectron2 file", None, DETECTRON2, {"": "online"}),
+    "backbone.conv1.weight": ("ours", None, {"backbone": "backbone"}, {"": "online"}),
     "fc.weight": ("torchvision's ResNet", None, RESNET, {"": "online"}),
     "conv1.weight": ("a ResNet without classifier, as DetCo of the authors", None, RESNET, {"": "online"})}
 
@@ -1246,8 +1247,8 @@ def read_weights(path):
 def layout(path, state, model):
     """(what the file is, its method or None, {module there: (network, module here)}). Exits with 2 if it is unknown."""
     method = str(state.get("method")) if isinstance(state.get("settings"), dict) else None
-    if method and method not in NETWORKS:
-        fail(f"{path} is of {method}: take a checkpoint of {', '.join(NETWORKS)}")
+    if method and method not in (*NETWORKS, "classify"):
+        fail(f"{path} is of {method}: take a checkpoint of {', '.join(NETWORKS)} or classify")
     known = next((name for name in LAYOUTS if name in model), None)
     if not known:
         fail(f"{path} has no ResNet by names that are known here: ours, torchvision's, Detectron2's, or those of "

@@ -80,11 +80,15 @@ def test_linear_probe_leaves_the_backbone_as_it_is_bit_for_bit(pictures, tmp_pat
     assert after["fc.weight"].shape == (len(common.SHAPE_CLASSES), tiny_backbone().channels[stage - 2])
 
 
-def test_finetuning_changes_weights_and_statistics(pictures, tmp_path, monkeypatch):
+def test_finetuning_changes_weights_and_statistics_and_a_detector_can_start_from_them(pictures, tmp_path, monkeypatch):
     assert run(monkeypatch, *TINY, "--data", pictures, "--epochs", 1, "--protocol", "finetune", "--out", tmp_path) == 0
     after, before = weights(tmp_path), tiny_backbone().state_dict()
     assert not any(torch.equal(after[f"backbone.{name}"], before[name])
                    for name in ("conv1.weight", "bn1.running_mean", "bn1.weight"))
+    assert run_script(convert, monkeypatch, tmp_path / "last.pt", tmp_path / "detector.pth") == 0
+    detector = torch.load(tmp_path / "detector.pth", weights_only=True)
+    assert len(detector) == len(before)                                    # the backbone, without the classifier
+    assert all(torch.equal(detector[f"backbone.body.{name}"], after[f"backbone.{name}"]) for name in before)
 
 
 def test_settings_are_the_papers(monkeypatch):

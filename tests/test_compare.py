@@ -32,7 +32,7 @@ def planned(monkeypatch, flags, method, seed=0):
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
     args = compare.arguments()
     args.out.mkdir(exist_ok=True)
-    args.images, args.labels = 20, compare.share_labels(args.train[1], args.shares, args.seeds, args.out)
+    args.images, args.labels = 20, compare.share_labels(args.train[1], args.shares, 3, args.out)
     return compare.tasks(args, method, seed)
 
 
@@ -45,17 +45,33 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
         monkeypatch.setattr(sys, "argv", command[1:])
         args = module.arguments()
         assert args.seed == 1
+        if "detect.py" in command[1]:                            # the second network's draw of the labels
+            assert args.train[1].endswith("labels-0.1-1.json" if "10%" in kind else "annotations.json")
         shared[kind] = args
     if method == "supervised":
         assert shared["supervised"].batch_size == 20                                     # no more than there are
-    if method.startswith("random"):
-        assert list(shared) == ["objects", "kNN", "AP, 10% of labels", "AP, 100% of labels"]
-    elif method != "supervised":
+    first = ["pre-training", "objects"] if method in compare.METHODS else ["objects"]
+    first = ["supervised"] if method == "supervised" else first
+    assert list(shared) == [*first, "kNN", "AP, 10% of labels", "AP, 100% of labels"]
+    if method in compare.METHODS:
         args = shared["pre-training"]
         assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 48, 8, 64)
-    if method != "supervised":                                   # detectors see 800 pixels where pre-training sees 224
-        assert shared["objects"].size == 160 and shared["AP, 10% of labels"].size == [160, 160]
-        assert shared["kNN"].size == 48
+    # Detectors and probes see 800 pixels where pre-training sees 224.
+    assert shared[first[-1]].size == 160 and shared["AP, 10% of labels"].size == [160, 160]
+    assert shared["kNN"].size == 48
+
+
+def test_detectors_of_two_networks_share_draws_of_few_labels_and_none_is_trained_twice(data, monkeypatch):
+    flags, seen = [*data, "--seeds", 2, "--draws", 3], []
+    for method, seed in (("moco", 0), ("moco", 1), ("random", 0), ("random", 1)):
+        commands = [command for kind, command, _ in planned(monkeypatch, flags, method, seed) if kind.startswith("AP")]
+        after = lambda command, flag, k=1: str(command[command.index(flag) + k])
+        few = [command for command in commands if "labels-0.1" in after(command, "--train", 2)]
+        assert sorted(after(command, "--train", 2)[-6] for command in few) == ["0", "1", "2"]
+        assert len(commands) == 4                                # three draws of a tenth, and all labels
+        seen += [(method, seed if method == "moco" else None, after(command, "--seed"), after(command, "--train", 2))
+                 for command in commands]
+    assert len(set(seen)) == len(seen) == 16
 
 
 def test_no_detector_is_trained_in_no_steps(data, monkeypatch):
@@ -111,7 +127,8 @@ out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]); out.mkdir(parents=Tru
 seed = int(sys.argv[sys.argv.index("--seed") + 1])
 folder = out.parents[1 if "AP" in out.name else 0]
 with open(folder / "runs.txt", "a") as file: print(sys.argv[1], *sys.argv[2:], file=file)
-if "detect" in sys.argv[1]: (out / "log.jsonl").write_text(json.dumps({"step": 1, "AP": 10.0 + 2 * seed}))
+if "detect" in sys.argv[1]: (out / "log.jsonl").write_text(json.dumps(
+    {"step": 1, "AP": 10.0 + 2 * seed + 3 * ("random" not in str(out))}))
 elif "classify" in sys.argv[1]: (out / (sys.argv[sys.argv.index("--protocol") + 1] + ".json")).write_text(
     json.dumps({"title": "", **{f"c{k}": {"accuracy": k / 10 + seed / 100} for k in (2, 3, 4, 5)}}))
 """
@@ -134,16 +151,23 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_nothing_is_done_twice(d
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"\d:\d\d left", lines[0])
     table = [line for line in lines if line.startswith("|")]
-    assert table[0] == "| | c2 | c3 | c4 | c5 | AP 10% | AP 100% |"
+    assert table[0] == "| | c2 | c3 | c4 | c5 | AP 10% | gain 10% | AP 100% | gain 100% |"
     scores = "20.5 ± 0.7 | 30.5 ± 0.7 | 40.5 ± 0.7 | 50.5 ± 0.7"                          # of 20, 21; 30, 31; ...
-    assert table[2:] == [f"| random | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
-                         f"| random0 | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
-                         f"| moco | {scores} | 11.0 ± 1.4 | 11.0 ± 1.4 |",
-                         f"| supervised | {scores} |  |  |"]
+    # The APs are 10 and 12 on the two draws, and a method's 3 more: its gain is that on either draw, without spread.
+    untrained, trained = "11.0 ± 1.4 |  | 11.0 ± 1.4 | ", "14.0 ± 1.4 | 3.0 | 14.0 ± 1.4 | 3.0"
+    assert table[2:] == [f"| random | {scores} | {untrained} |", f"| random0 | {scores} | {untrained} |",
+                         f"| moco | {scores} | {trained} |", f"| supervised | {scores} | {trained} |"]
     done = (tmp_path / "out" / "runs.txt").read_text()
     assert run(monkeypatch, *flags) == 0 and (tmp_path / "out" / "runs.txt").read_text() == done
-    assert done.count("moco.py") == 2 and done.count("detect.py") == 12
+    assert done.count("moco.py") == 2 and done.count("detect.py") == 16
     assert Image.open(tmp_path / "out" / "chart.png").size[0] > 1000
+
+
+def test_a_gain_is_over_the_untrained_networks_on_the_same_labels_and_has_both_errors():
+    found = {"random": [(0, 4.0), (1, 8.0)], "random0": [(0, 6.0), (1, 8.0)], "moco": [(0, 6.0), (1, 12.0)]}
+    mean, error = compare.gains(found)["moco"]                   # 5 and 8 untrained, so 1 and 4 above
+    assert mean == 2.5
+    assert error == pytest.approx(((3 / 2 ** 0.5) ** 2 / 2 + (2 / 3) / 4) ** 0.5)  # -1, 1, 0, 0 have variance 2/3
 
 
 def test_a_bar_is_as_high_as_its_figure():

@@ -10,7 +10,8 @@ Every network sees the same images equally often in views of the same size, with
 takes for a short run, over several seeds. `random` is the untrained network, `random0` one whose residual blocks begin
 as the identity, as SoCo's and DetCon's do; `supervised`, a ceiling, has learned from the labels of --train for as long.
 Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of detect.py after fine-tuning on
---shares of the labels, in images 800 / 224 as large as pre-training's views, as detectors see them.
+--shares of the labels, in images 800 / 224 as large as pre-training's views, as detectors see them. `gain` is how much
+higher the AP is than that of the untrained networks that learned from the same labels.
 Writes table.md, chart.png and what the scripts write to --out; the same command again resumes. GPUs work together on
 one network, a CPU's cores on a network each.
 """
@@ -21,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import product
@@ -37,6 +39,7 @@ import soco  # noqa: E402
 from transfer import page  # noqa: E402
 
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
+UNTRAINED = ("random", "random0")  # what --seed draws is the network itself
 OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # no demo decides these
 SHORT = {**dict.fromkeys(("moco", "detco", "dupr"), dict(lr=1.0, bn_splits=2)),      # some hundred steps of 64 images
          "soco": dict(lr=8.0, warmup=1, num_proposals=3)}
@@ -75,18 +78,18 @@ def draw_shapes(folder, size):
             Image.fromarray(single.scene(i)[0]).save(path)
 
 
-def share_labels(path, shares, seeds, folder):
-    """{(share, seed): (COCO's annotations of that share of the annotated images, how many those are)}, and of all."""
+def share_labels(path, shares, draws, folder):
+    """{(share, draw): (COCO's annotations of that share of the annotated images, how many those are)}, and of all."""
     dataset = json.loads(Path(path).read_text())
     shown = sorted({annotation["image_id"] for annotation in dataset["annotations"]})
-    labels = {(1, seed): (path, len(shown)) for seed in range(seeds)}
-    for share, seed in product(set(shares) - {1}, range(seeds)):
-        kept = set(np.random.default_rng(seed).permutation(shown)[:max(1, round(share * len(shown)))].tolist())
+    labels = {(1, draw): (path, len(shown)) for draw in range(draws)}
+    for share, draw in product(set(shares) - {1}, range(draws)):
+        kept = set(np.random.default_rng(draw).permutation(shown)[:max(1, round(share * len(shown)))].tolist())
         part = {**dataset, "images": [image for image in dataset["images"] if image["id"] in kept],
                 "annotations": [annotation for annotation in dataset["annotations"] if annotation["image_id"] in kept]}
-        file = folder / f"labels-{share:g}-{seed}.json"
+        file = folder / f"labels-{share:g}-{draw}.json"
         file.write_text(json.dumps(part))
-        labels[share, seed] = file, len(kept)
+        labels[share, draw] = file, len(kept)
     return labels
 
 
@@ -97,6 +100,11 @@ def script(name, *flags, several=True):
     gpus = torch.cuda.device_count() if several else 1
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     return [sys.executable, *start, str(Path(__file__).resolve().parents[1] / name), *map(str, flags)]
+
+
+def draws(args, seed, share):
+    """Which draws of a share of the labels a network's detectors learn from: --draws of them, or all labels once."""
+    return [(seed + k) % max(args.seeds, args.draws) for k in range(args.draws if share < 1 else 1)]
 
 
 def tasks(args, method, seed):
@@ -111,8 +119,8 @@ def tasks(args, method, seed):
         images = args.labels[1, seed][1]
         epochs, shared = max(1, round(args.epochs * args.images / images)), [*shared, min(args.batch_size, images)]
         ceiling = ["--init", "random", "--protocol", "supervised", "--epochs", epochs, "--size", large, *source]
-        return [("supervised", script("transfer/classify.py", *ceiling, *shared), out / "supervised.json")]
-    if method in ("random", "random0"):
+        todo.append(("supervised", script("transfer/classify.py", *ceiling, *shared), out / "supervised.json"))
+    elif method in UNTRAINED:
         checkpoint = ["--init", method, "--arch", args.arch]
     elif method in args.files:
         checkpoint = ["--init", args.files[method]]
@@ -124,20 +132,23 @@ def tasks(args, method, seed):
                          args.batch_size, *added)
         todo.append(("pre-training", command, out / "last.pt"))
     probe = [*checkpoint, *amp, "--seed", seed, "--out", out, "--protocol"]
-    command = script("transfer/classify.py", *probe, "objects", "--size", large, *source, several=False)
-    todo.append(("objects", command, out / "objects.json"))
+    if method != "supervised":
+        command = script("transfer/classify.py", *probe, "objects", "--size", large, *source, several=False)
+        todo.append(("objects", command, out / "objects.json"))
     if args.knn:
         command = script("transfer/classify.py", *probe, "knn", "--size", size, "--data", args.knn)
         todo.append(("kNN", command, out / "knn.json"))
     for share in args.shares if args.steps else ():
-        labels, images = args.labels[share, seed]
-        batch = min(8, images)
-        in_epoch, folder = images // batch, out / f"AP-{share:g}"
-        detect = script("transfer/detect.py", *checkpoint, *amp, "--train", args.train[0], labels, "--val", *args.val,
-                        "--seed", seed, "--size", large, large, "--rois", 32, "--batch-size", batch, "--lr", 0.08,
-                        "--warmup", 20 / in_epoch, "--epochs", max(1, round(args.steps / in_epoch)),
-                        "--save-every", 100, "--out", folder)
-        todo.append((f"AP, {100 * share:g}% of labels", detect, folder / "log.jsonl"))
+        for draw in draws(args, seed, share):
+            labels, images = args.labels[share, draw]
+            batch = min(8, images)
+            in_epoch, folder = images // batch, out / f"AP-{share:g}-{draw}"
+            command = script("transfer/detect.py", *checkpoint, *amp, "--train", args.train[0], labels,
+                             "--val", *args.val, "--seed", seed if method in UNTRAINED else draw,
+                             "--size", large, large, "--rois", 32, "--batch-size", batch, "--lr", 0.08,
+                             "--warmup", 20 / in_epoch, "--epochs", max(1, round(args.steps / in_epoch)),
+                             "--save-every", 100, "--out", folder)
+            todo.append((f"AP, {100 * share:g}% of labels", command, folder / "log.jsonl"))
     return todo
 
 
@@ -193,11 +204,6 @@ def figures(args, method, seed):
     if (out / "knn.json").exists():
         stages = json.loads((out / "knn.json").read_text())
         found["kNN"] = 100 * max(x["kNN"] for stage, x in stages.items() if stage != "title")
-    for share in args.shares:
-        path = out / f"AP-{share:g}" / "log.jsonl"
-        aps = [row["AP"] for row in common.read_log(path) if "AP" in row] if path.exists() else []
-        if aps:
-            found[f"AP {100 * share:g}%"] = aps[-1]
     if (out / "log.jsonl").exists():
         speeds = [row["images_per_s"] for row in common.read_log(out / "log.jsonl") if "images_per_s" in row]
         if speeds:
@@ -205,16 +211,53 @@ def figures(args, method, seed):
     return found
 
 
+def average_precisions(args, method, share):
+    """[(draw, AP)] of the detectors that began with a method's networks and learned from a draw of the labels."""
+    found = []
+    for seed in range(args.seeds):
+        for draw in draws(args, seed, share):
+            path = args.out / f"{method}-{seed}" / f"AP-{share:g}-{draw}" / "log.jsonl"
+            aps = [row["AP"] for row in common.read_log(path) if "AP" in row] if path.exists() else []
+            found += [(draw, aps[-1])] if aps else []
+    return found
+
+
+def gains(found):
+    """{method: (mean, standard error)}: how much higher its APs are than those of the untrained networks.
+
+    found: {method: [(draw, AP)]}. APs are compared on the same draw of the labels, since draws differ as methods do.
+    """
+    untrained = defaultdict(list)
+    for draw, ap in (pair for method in UNTRAINED for pair in found[method]):
+        untrained[draw].append(ap)
+    above = {method: [ap - np.mean(untrained[draw]) for draw, ap in pairs] for method, pairs in found.items()}
+    variance = lambda values: spread(values)[1] ** 2 / len(values)
+    base = variance([x for method in UNTRAINED for x in above[method]])
+    return {method: (np.mean(x), (variance(x) + base) ** 0.5) for method, x in above.items() if method not in UNTRAINED}
+
+
+def spread(values):
+    """(mean, standard deviation) of a list."""
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
 def report(args, methods):
     """Write table.md and chart.png, and return the table."""
     rows = {}
     for method in methods:
         seeds = [figures(args, method, seed) for seed in range(args.seeds)]
-        names = [name for name in dict.fromkeys(name for row in seeds for name in row)]
-        values = {name: [row[name] for row in seeds if name in row] for name in names}
-        rows[method] = {name: (np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.0) for name, x in values.items()}
-    columns = ("c2", "c3", "c4", "c5", "pyramid", "head", "kNN", *(f"AP {100 * x:g}%" for x in args.shares), "minutes")
-    columns = [name for name in columns if any(name in row for row in rows.values())]
+        columns = dict.fromkeys(name for row in seeds for name in row)
+        rows[method] = {name: spread([row[name] for row in seeds if name in row]) for name in columns}
+    columns = ["c2", "c3", "c4", "c5", "pyramid", "head", "kNN"]
+    for share in args.shares if args.steps else ():
+        ap, gain = f"AP {100 * share:g}%", f"gain {100 * share:g}%"
+        columns += [ap, gain]
+        found = {method: average_precisions(args, method, share) for method in methods}
+        for method, pairs in found.items():
+            rows[method][ap] = spread([x for _, x in pairs])
+        for method, x in gains(found).items():
+            rows[method][gain] = x
+    columns = [name for name in (*columns, "minutes") if any(name in row for row in rows.values())]
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     for method, row in rows.items():
         cells = [" ± ".join(f"{x:.1f}" for x in row[name] if x) if name in row else "" for name in columns]
@@ -251,6 +294,9 @@ def arguments():
     add("--init", nargs="+", type=Path, default=[], metavar="FILE",
         help="weights to evaluate beside them, ours or the authors' (as classify.py's --init)")
     add("--seeds", type=count, default=2, help="networks of each method (default: 2)")
+    add("--draws", type=count, default=1,
+        help="how many random draws of each share of the labels a network's detectors learn from (default: 1, a "
+             "different one for each seed)")
     add("--arch", default="resnet18w0.25", help="of all (default: resnet18w0.25)")
     add("--size", type=common.bounded(int, 32), default=48,
         help="side of a view in pixels (default: 48); probes and detectors get images 800 / 224 times as large")
@@ -289,7 +335,7 @@ def main():
         args.train, args.val = ([str(folder / part), str(folder / f"{part}.json")] for part in ("train", "val"))
         args.add += [("soco", f"--proposals {folder}/boxes.npz"), ("detcon", f"--masks {folder}/masks")]
     args.images = len(common.ImageFolder(args.data))
-    args.labels = share_labels(args.train[1], args.shares, args.seeds, args.out)
+    args.labels = share_labels(args.train[1], args.shares, max(args.seeds, args.draws), args.out)
     methods = ["random", "random0", *args.methods, *args.files, "supervised"]
     networks = [(method, seed) for seed in range(args.seeds) for method in methods]
     progress = Progress([kind for network in networks for kind, _, _ in tasks(args, *network)], args.jobs)
@@ -299,8 +345,8 @@ def main():
                 pool.shutdown(cancel_futures=True)
                 common.fail(error)
     print(report(args, methods))
-    print(f"{args.epochs * args.images} images seen by each, {args.seeds} seeds (mean ± standard deviation); "
-          f"{args.out}/chart.png")
+    print(f"{args.epochs * args.images} images seen by each, {args.seeds} seeds (mean ± standard deviation; gain "
+          f"over untrained networks on the same labels ± standard error); {args.out}/chart.png")
 
 
 if __name__ == "__main__":

@@ -96,9 +96,9 @@ def write(path, tensors, to):
 def add_init(add, nargs=None):
     """Add the flags --init, --part and --arch. add: a parser's add_argument; nargs: of --init."""
     add("--init", required=True, metavar="WHAT", nargs=nargs,
-        help="last.pt of one of the five methods; what the authors of MoCo, DetCo or SoCo released; torchvision's "
-        "weights of a ResNet; Detectron2's .pkl; or: random, or random0, as SoCo and DetCon begin: the last BN gamma "
-        "of each residual block is 0")
+        help="last.pt of one of the five methods or of classify.py; what the authors of MoCo, DetCo or SoCo released; "
+        "torchvision's weights of a ResNet; Detectron2's .pkl; or: random, or random0, as SoCo and DetCon begin: the "
+        "last BN gamma of each residual block is 0")
     add("--part", choices=PARTS, default="online", help="online or query, target or key (default: online)")
     add("--arch",
         help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: --init's, "
