@@ -725,14 +725,18 @@ class LazyImage:
     """
 
     def __init__(self, pil, index):
-        self.pil, self.index = pil, index
+        self.pil, self.index, self.file, self.scale = pil, index, getattr(pil, "fp", None), None
         orientation = pil.getexif().get(0x0112)
         self.turn = TURNS.get(orientation)
         self.size = pil.size[::-1] if orientation in (5, 6, 7, 8) else pil.size
 
     def decode(self, scale=1.0):
         """The upright PIL image, RGB. A JPEG comes at the smallest scale of its decoder that is at least `scale`."""
+        scale = min(scale, 1.0)
         with decoding():
+            if self.file and self.scale not in (None, scale):  # it has been decoded at another scale
+                self.pil = Image.open(self.file)
+            self.scale = scale
             if scale < 1:
                 self.pil.draft(None, [math.ceil(side * scale) for side in self.pil.size])
             self.pil.load()  # a torn file fails here

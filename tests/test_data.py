@@ -104,6 +104,16 @@ def test_jpeg_decoded_at_a_reduced_scale_gives_the_same_view(tmp_path, photograp
     assert max(jpeg.pil.size) == 300 and max(png.pil.size) == 2400  # an eighth: the 600-pixel crop still fills 64
 
 
+def test_a_jpeg_can_be_decoded_at_one_scale_after_another(tmp_path, photograph):
+    photograph.resize((1200, 800), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg")
+    source = common.ImageFolder(tmp_path)
+    image = source.image(0)
+    small, whole, shrunk = image.crop([(0, 0, 800, 800)], [100])[0], image.decode(), image.shrunk()  # 1/8, 1, 1/2
+    assert whole.size == image.size == (1200, 800)
+    assert np.array_equal(small, source.image(0).crop([(0, 0, 800, 800)], [100])[0])
+    assert np.array_equal(shrunk, source.image(0).shrunk()) and np.array_equal(whole, source.image(0).decode())
+
+
 def test_random_crop_has_the_distribution_of_torchvisions():
     torch.manual_seed(0)
     rng, canvas = np.random.default_rng(0), torch.empty(1, 300, 400)

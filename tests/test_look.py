@@ -150,17 +150,6 @@ def test_lines_join_a_patch_with_its_match_green_where_it_is_right():
     assert sheet.getpixel((10, 50)) == sheet.getpixel((40, 50)) == (255, 48, 48)
 
 
-def test_views_of_a_large_jpeg_are_as_sharp_as_those_of_a_png(tmp_path):
-    """Eight pairs of views are drawn. A JPEG that was decoded small for the first pair would stay small for all."""
-    noise = np.random.default_rng(0).integers(256, size=(1500, 2000, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg")
-    Image.open(tmp_path / "a.jpg").save(tmp_path / "b.png")
-    source = common.ImageFolder(tmp_path)
-    for seed in range(3):
-        jpeg, png = (look.overlapping_views(source.image(i), np.random.default_rng(seed), 224, 0.05) for i in (0, 1))
-        assert torch.equal(jpeg["x_q"], png["x_q"]) and torch.equal(jpeg["box_k"], png["box_k"])
-
-
 # --- IoU and similarity ----------------------------------------------------------------------------------------------
 
 def test_rois_have_the_ious_told_from_0_to_1():

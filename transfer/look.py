@@ -206,7 +206,6 @@ def overlapping_views(image, rng, size, min_area):
         areas = [(batch[box][0, 2:] - batch[box][0, :2]).prod() / size ** 2 for box in ("box_q", "box_k")]
         return batch["overlap"] * min(0.25, *areas)
 
-    image.decode()  # in full: an image that was decoded at a smaller scale stays small
     return max((dupr.two_views(image, rng, size, min_area) for _ in range(8)), key=overlap)
 
 
@@ -341,7 +340,7 @@ def open_masks(kind, source):
     """A function masks(image), as in detcon.py. With fh, it segments the image at once and makes no file."""
     if kind == "fh":
         common.need_opencv("--masks fh", "--masks grid5")
-        return lambda image: detcon.felzenszwalb(source.image(image.index), detcon.PAPER["fh_scale"])
+        return lambda image: detcon.felzenszwalb(image, detcon.PAPER["fh_scale"])
     if kind not in (*detcon.GRIDS, "truth") and not Path(kind).is_dir():
         common.fail(f"--masks {kind}: neither fh, nor grid1 to grid16, nor a folder")
     return detcon.open_masks(argparse.Namespace(masks=kind), source, None)[0]
