@@ -8,7 +8,7 @@
 
 Every network sees the same images equally often in views of the same size, with the settings that the method's demo
 takes for a short run, over several seeds. `random` is the untrained network, `random0` one whose residual blocks begin
-as the identity, as SoCo's and DetCon's do; `supervised`, a ceiling, has learned from the labels of --train for as long.
+as the identity, as SoCo's and DetCon's do; `supervised`, a ceiling, has learned from as many labeled images of --train.
 Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of detect.py after fine-tuning on
 --shares of the labels, in images 800 / 224 as large as pre-training's views, as detectors see them. `gain` is how much
 higher the AP is than that of the untrained networks that learned from the same labels.
@@ -233,7 +233,8 @@ def gains(found):
     above = {method: [ap - np.mean(untrained[draw]) for draw, ap in pairs] for method, pairs in found.items()}
     variance = lambda values: spread(values)[1] ** 2 / len(values)
     base = variance([x for method in UNTRAINED for x in above[method]])
-    return {method: (np.mean(x), (variance(x) + base) ** 0.5) for method, x in above.items() if method not in UNTRAINED}
+    return {method: (np.mean(x), (variance(x) + base) ** 0.5 if len(x) > 1 else 0.0)
+            for method, x in above.items() if method not in UNTRAINED}
 
 
 def spread(values):
@@ -338,6 +339,7 @@ def main():
     args.labels = share_labels(args.train[1], args.shares, max(args.seeds, args.draws), args.out)
     methods = ["random", "random0", *args.methods, *args.files, "supervised"]
     networks = [(method, seed) for seed in range(args.seeds) for method in methods]
+    networks = [(method, seed) for method, seed in networks if method != "supervised" or not seed]  # one is enough
     progress = Progress([kind for network in networks for kind, _, _ in tasks(args, *network)], args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         for error in pool.map(lambda network: work(args, *network, progress), networks):
