@@ -1676,11 +1676,11 @@ def evaluating(network):
             module.training = True
 
 
-def map_images(function, source, view, indices, batch_size, device, workers=0, collate=None):
+def map_images(function, source, view, indices, batch_size, device, workers=0, collate=None, seed=0):
     """Yields (batch, function(batch)), batch by batch, for the images `indices` of `source`; prints progress."""
     progress, done = Progress(f"{len(indices)} images", len(indices)), 0
     batches = BatchSampler(((0, int(i)) for i in indices), batch_size, drop_last=False)  # all of epoch 0
-    for batch in Loader(source, view, batches, workers, device, collate=collate):
+    for batch in Loader(source, view, batches, workers, device, seed, collate):
         yield batch, function(batch)
         done += len(next(iter(batch.values())))
         progress(done)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
-from torch.utils.data import BatchSampler
 from torchvision.ops import box_iou
 from torchvision.utils import draw_segmentation_masks
 
@@ -280,11 +279,14 @@ def iou(args, device):
     source = open_images(args)
     view = partial(object_and_rois, proposals=open_proposals(args, source, device), size=args.size)
     images, rows, first = pick(args, source), [], None
-    batches = BatchSampler([(0, int(i)) for i in images], 16, drop_last=False)
-    for batch in common.Loader(source, view, batches, args.workers, device, args.seed):
+
+    def compare(batch):
+        """[N, 20, 1 + networks]: the IoUs of the RoIs, and how similar each network finds them to their objects."""
         stages = [stage_output(network, batch["view"], args.stage) for network in nets.values()]
-        values = [similarity(c, batch["boxes"], 2 ** args.stage) for c in stages]
-        rows.append(torch.stack([batch["iou"], *values], dim=2))                          # [N, 20, 1 + networks]
+        return torch.stack([batch["iou"], *(similarity(c, batch["boxes"], 2 ** args.stage) for c in stages)], dim=2)
+
+    for batch, values in common.map_images(compare, source, view, images, 16, device, args.workers, seed=args.seed):
+        rows.append(values)
         first = first or batch
     points = torch.cat(rows).flatten(0, 1).cpu()                                          # [images * 20, 1 + networks]
     group = (points[:, 0] * 19).round()
