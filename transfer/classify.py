@@ -269,7 +269,7 @@ class BoxEncoder(nn.Module):
         self.encoder.backbone = common.resnet(args.arch, common.SyncBatchNorm)  # no gamma at zero, unlike SoCo's
         for part in detector:
             self.encoder.load_state_dict(parts[part], strict=False)
-        detects = args.init in ("random", "random0") or parts["head"]
+        detects = args.init in convert.UNTRAINED or parts["head"]
         self.pool = self.encoder.pool if detects else common.pool_stages
         self.normalize = common.Photometric()
 
@@ -362,7 +362,7 @@ def protocol_defaults(args):
     if args.protocol in BOX_PROTOCOLS:
         changed["size"] = 800 if args.train else common.detector_size(SHAPES["size"])
     if args.protocol == "finetune":
-        changed |= {**FINETUNE, "lr": 0.1 if args.init in ("random", "random0") else 0.03}  # MoCo A.7
+        changed |= {**FINETUNE, "lr": 0.1 if args.init in convert.UNTRAINED else 0.03}  # MoCo A.7
     if args.protocol == "supervised":
         changed |= {**FINETUNE, "lr": 0.1}
         if args.train:

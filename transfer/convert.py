@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 
+UNTRAINED = ("random", "random0")  # what --init takes beside files: networks that --seed draws
 PARTS = ("online", "query", "target", "key")
 
 
@@ -111,7 +112,7 @@ def initial(args, taken=("backbone",)):
     Prints what the file is and which of its parts are not `taken`. Fills in --arch; exits with 2 if --arch is given and
     the file has another. Sets args.init_checksum: the file's content, not its path, is a setting of the run.
     """
-    if args.init in ("random", "random0"):
+    if args.init in UNTRAINED:
         args.arch, args.init_checksum = args.arch or "resnet50", args.init
         if args.init == "random":
             return {}, {}
