@@ -488,3 +488,25 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatch, cap
     assert run(monkeypatch, *TINY, "--data", data, "--out", tmp_path / "out", *flags) == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_the_object_probe_refuses_data_that_it_cannot_use(tmp_path, monkeypatch, capfd):
+    scenes = write_scenes(tmp_path / "scenes", 4)
+    images, path = scenes / "images", scenes / "annotations.json"
+    dataset = json.loads(path.read_text())
+    (tmp_path / "empty.json").write_text(json.dumps({**dataset, "annotations": []}))
+    one = [{**annotation, "category_id": 10} for annotation in dataset["annotations"]]
+    (tmp_path / "one.json").write_text(json.dumps({**dataset, "annotations": one,
+                                                   "categories": dataset["categories"][:1]}))
+    both = ["--train", images, path, "--val", images, path]
+    for flags, says in ((["--train", images, path], "go together"),
+                        (["--data", images], "takes --train and --val, not --data"),
+                        ([*both, "--protocol", "knn", "--data", images], "takes --data, not --train"),
+                        (["--train", images, path, "--val", images, tmp_path / "empty.json"], "annotates nothing"),
+                        (["--train", images, tmp_path / "one.json", "--val", images, tmp_path / "one.json"],
+                         "one class"),
+                        ([*both, "--out", path], "cannot write --out")):
+        assert run(monkeypatch, "--init", "random", "--arch", "resnet18w0.25", "--protocol", "objects",
+                   "--out", tmp_path / "out", *flags) == 2
+        error = capfd.readouterr().err
+        assert says in error and error.count("\n") == 1

@@ -36,7 +36,7 @@ from transfer import coco, convert, svm  # noqa: E402
 DEFAULTS = dict(  # the linear probe of MoCo Sec. 4.1; lr is for 256 images a step
     protocol="linear", size=224, stage=5, epochs=100, batch_size=256, lr=30.0, weight_decay=0.0, drops=[0.6, 0.8],
     print_every=50, boxes=5000)
-FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # MoCo A.6
+FINETUNE = dict(weight_decay=1e-4, drops=[0.7, 0.9])  # drops: MoCo A.6; the weight decay is the usual one
 BOX_PROTOCOLS = ("objects", "supervised")
 SHAPES = dict(size=48, unlabeled=8192, train=1200, val=400)  # the drawn pictures of the demos
 
@@ -87,7 +87,8 @@ def open_labeled(args):
 def labeled_view(image, rng, size, labels=None, augment=False):
     """view: uint8 [3, size, size], the center of an image, or with `augment` a random crop, mirrored half of the time.
 
-    label: its class, if there are `labels`; shown: its number, which is another's if that image cannot be decoded.
+    label: its class, if there are `labels`; shown: the number of the image in the view, which is another's if this one
+    cannot be decoded.
     """
     crop = common.random_crop(image.size, (0.08, 1.0), rng) if augment else common.center_crop(image.size)
     view, = image.crop([crop], [size])
@@ -248,16 +249,18 @@ def open_objects(args):
     if not args.train:
         shapes = lambda part, k: common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all()
         return shapes("train", 1), shapes("val", 2), len(common.SHAPE_CLASSES)
-    train, val = coco.CocoFolder(*args.train, training=True), coco.CocoFolder(*args.val, training=False)
+    train, val = (coco.CocoFolder(*source, training=True) for source in (args.train, args.val))
     if train.classes != val.classes:
         common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}")
+    if len(train.classes) < 2:
+        common.fail(f"{args.train[1]} has one class: there is nothing to tell it from")
     return train, val, len(train.classes)
 
 
 class BoxEncoder(nn.Module):
-    """The network that --init names. It encodes boxes by c2 to c5, and by pyramid and box head if it has them.
+    """The network that --init names. It encodes boxes by c2 to c5, and by pyramid and box head if it has both.
 
-    SoCo with FPN has both, and so have random and random0.
+    SoCo with FPN has them, and so have random and random0.
     """
 
     def __init__(self, args):
@@ -265,7 +268,7 @@ class BoxEncoder(nn.Module):
         detector = ("backbone", "fpn", "head")
         tensors, _ = convert.initial(args, detector)
         parts = common.parts(tensors)
-        self.encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)
+        self.encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)  # its projector is not used
         self.encoder.backbone = common.resnet(args.arch, common.SyncBatchNorm)  # no gamma at zero, unlike SoCo's
         for part in detector:
             self.encoder.load_state_dict(parts[part], strict=False)
@@ -274,7 +277,10 @@ class BoxEncoder(nn.Module):
         self.normalize = common.Photometric()
 
     def forward(self, views, boxes):
-        """{"c2": features [n, D] of all boxes, ...}. views: [N, 3, S, S] uint8; boxes: [k, 4] in pixels of each."""
+        """{"c2": features [n, D] of all boxes, ...}.
+
+        views: [N, 3, S, S] uint8; boxes: a list of [k, 4], one an image, in its pixels.
+        """
         return self.pool(self.encoder.backbone(self.normalize(views)), boxes)
 
 
@@ -284,7 +290,7 @@ class Supervised(nn.Module):
     def __init__(self, backbone, classes):
         super().__init__()
         self.backbone = backbone
-        self.fc = nn.ModuleList(nn.Linear(9 * channels, classes) for channels in backbone.channels)
+        self.fc = nn.ModuleList(nn.Linear(9 * channels, classes) for channels in backbone.channels)  # 3 x 3 cells
         self.photometric = common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2)
 
     def forward(self, batch):
@@ -306,7 +312,8 @@ def draw_images(source, boxes, rng):
 def effective_rank(x):
     """RankMe (Garrido et al. 2023): over how many directions features x [N, D] spread, from 1 to min(N, D).
 
-    It is low if a network has collapsed onto a few directions. Features about their mean; only equal N compare.
+    It is low if a network has collapsed onto a few directions. The features are centered first. It grows with N, so
+    compare ranks of the same number of boxes.
     """
     singular = torch.linalg.svdvals(x - x.mean(dim=0))
     return torch.special.entr(singular / singular.sum()).sum().exp().item()
@@ -317,9 +324,9 @@ def probe_objects(args, device):
     source, val, classes = open_objects(args)
     network = BoxEncoder(args)
     if args.protocol == "supervised":
-        images = source if args.train else common.Shapes(SHAPES["unlabeled"], SHAPES["size"], args.seed).draw_all()
-        views = partial(common.object_view, source=images, size=args.size)
-        run = train(args, images, Supervised(network.encoder.backbone, classes), views, device, common.collate_lists)
+        many = source if args.train else common.Shapes(SHAPES["unlabeled"], SHAPES["size"], args.seed).draw_all()
+        views = partial(common.object_view, source=many, size=args.size)
+        run = train(args, many, Supervised(network.encoder.backbone, classes), views, device, common.collate_lists)
         network.pool = common.pool_stages
         if run.step < run.total:
             return
@@ -334,7 +341,7 @@ def probe_objects(args, device):
         scores = common.ridge(x[name], y, x_val[name])
         parts[name] = {"accuracy": (scores.argmax(dim=1) == label_val).float().mean().item(),
                        "mAP": svm.average_precision(scores, 2 * y_val - 1).nanmean().item(),
-                       "rank": effective_rank(x_val[name][:1000])}
+                       "rank": effective_rank(x_val[name][:1000])}  # of 1000 boxes, if there are so many
     print_table(args, f"{args.init}, {len(y)} boxes to learn from, {len(y_val)} to evaluate on, {classes} classes "
                       f"({y_val.float().mean(dim=0).max():.1%} are of the most frequent)", parts)
 
@@ -351,7 +358,6 @@ def print_table(args, title, parts):
         cells = (figures[name] for figures in parts.values())
         form = {"cost": "9.2g", "rank": "9.0f"}.get(name, "9.1%")
         print(f"{name:10}" + "".join(f"{x:{form}}" for x in cells))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     with common.atomic_write(Path(args.out, f"{args.protocol}.json")) as file:
         file.write(json.dumps({"title": title, **parts}).encode())
 
@@ -383,13 +389,18 @@ def arguments():
              "and with --train a --batch-size of 16")
     add("--size", type=common.bounded(int, 32),
         help="side of a view in pixels; objects, supervised: 800, or 160 for the drawn shapes")
-    add("--boxes", type=common.bounded(int, 1), help="objects: boxes to learn from, and to evaluate on, at most")
+    add("--boxes", type=common.bounded(int, 1),
+        help="objects, supervised: boxes to learn from, and to evaluate on; images are taken whole, so a few more")
     add("--stage", type=int, choices=[2, 3, 4, 5], help="linear, finetune: which stage's output is classified")
     add("--weight-decay", type=common.bounded(float, 0), help="finetune, supervised: 1e-4")
     add("--drops", type=common.bounded(float, 0, 1), nargs="+",
         help="when the learning rate falls to a tenth, in shares of the run; finetune, supervised: 0.7 0.9")
     args = parser.parse(protocol_defaults)
-    if args.protocol in BOX_PROTOCOLS and bool(args.train) != bool(args.val):
+    if args.protocol in BOX_PROTOCOLS and args.data is not None:
+        common.fail(f"--protocol {args.protocol} takes --train and --val, not --data")
+    if args.protocol not in BOX_PROTOCOLS and (args.train or args.val):
+        common.fail(f"--protocol {args.protocol} takes --data, not --train and --val")
+    if bool(args.train) != bool(args.val):
         common.fail("--train and --val go together: images to learn from, and others to evaluate on")
     if args.protocol not in BOX_PROTOCOLS and args.data is None:
         common.fail(f"--protocol {args.protocol} needs --data DIR")
@@ -399,6 +410,7 @@ def arguments():
 def main():
     device = common.init_distributed()
     args = arguments()
+    common.lock(args.out, "--out ")
     common.seed_everything(args.seed)
     if args.protocol in BOX_PROTOCOLS:
         probe_objects(args, device)

@@ -1,4 +1,4 @@
-"""Linear support vector machines, and the average precision by which PASCAL VOC evaluates them."""
+"""Linear support vector machines as in Goyal et al. 2019, and the average precision by which VOC evaluates them."""
 import torch
 import torch.nn.functional as F
 
@@ -11,12 +11,12 @@ def linear_svm(x, y, cost, start=None):
     """[D, K]: the weights w of K support vector machines, one for each column of y, found by L-BFGS from `start`.
 
     Each minimizes |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2. x: [N, D]; y: [N, K] of 1, -1, or 0 for a row that the
-    column leaves out; cost: C, a number or [K]; C_i is 2 C if y_i is 1, else C.
+    column leaves out; cost: C, a number or [K]; C_i is 2 C if y_i is 1, else C, as Goyal et al. weigh them.
     """
     weight = cost * torch.where(y > 0, 2.0, 1.0) * y.abs()                             # C_i: [N, K]
     w = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.clone()
     w.requires_grad_()
-    slope = (2 * x.T @ (weight * y)).norm(dim=0).clamp(min=1e-30)                      # [K], of the objectives at w = 0
+    norm = (2 * x.T @ (weight * y)).norm(dim=0).clamp(min=1e-30)                      # [K], of the gradients at 0
     optimizer = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=1e-6, tolerance_change=0.0,
                                   line_search_fn="strong_wolfe")
 
@@ -24,7 +24,7 @@ def linear_svm(x, y, cost, start=None):
         optimizer.zero_grad()
         slack = (1 - y * (x @ w)).clamp(min=0)                                         # [N, K]
         objectives = (w ** 2).sum(dim=0) / 2 + (weight * slack ** 2).sum(dim=0)        # [K]
-        total = (objectives / slope).sum()  # no column depends on another; scaled alike, they converge alike
+        total = (objectives / norm).sum()  # no column depends on another; scaled alike, they converge alike
         total.backward()
         return total
 
@@ -34,10 +34,10 @@ def linear_svm(x, y, cost, start=None):
 
 
 def average_precision(scores, truth):
-    """[K]: VOC's average precision of each column, the area below precision over recall; nan for a column without a 1.
+    """[K]: the average precision of each column, the area below precision over recall; nan for a column without a 1.
 
-    Precision at a recall is the best at that recall or more. scores: [M, K]; truth: [M, K] of 1, -1, or 0 for a row
-    that does not count.
+    This is VOC's since 2010; in 2007 it averaged over 11 recalls. Precision at a recall is the best at that recall or
+    more. scores: [M, K]; truth: [M, K] of 1, -1, or 0 for a row that does not count.
     """
     truth = truth.gather(0, scores.argsort(dim=0, descending=True))
     hits, count = (truth > 0).cumsum(dim=0), (truth != 0).cumsum(dim=0)
@@ -49,8 +49,8 @@ def average_precision(scores, truth):
 def evaluate(x, y, x_val, y_val, single):
     """{"mAP", "accuracy" if `single`, "cost"} of one-vs-rest SVMs, learned from x [N, D] and y [N, K].
 
-    Three-fold cross-validation chooses the cost. It is one for all classes, by accuracy, if every image has a `single`
-    class; else each class has its own, by AP.
+    Three-fold cross-validation chooses the cost. If every image has a `single` class, all SVMs share one cost, chosen
+    by accuracy. Otherwise each class has its own, chosen by AP. "cost" is the median.
     """
     x, x_val = (F.pad(rows, (0, 1), value=1.0) for rows in (x, x_val))                 # the last column is the bias's
     y, y_val = y.to(x.dtype), y_val.to(x.dtype)
