@@ -240,8 +240,8 @@ def work_on(args, networks):
             time.sleep(0.1)
     common.stop.holding = False
     if common.stop.signal:
-        name = signal.Signals(common.stop.signal).name
-        common.fail(f"stopped by {name}: the same command goes on", code=128 + common.stop.signal)
+        print(f"stopped by {signal.Signals(common.stop.signal).name}: the same command goes on")
+        sys.exit(128 + common.stop.signal)
     if error:
         common.fail(error)
 
