@@ -59,19 +59,20 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
         assert shared["supervised"].batch_size == 16             # images of a detector's size, as in classify.py
     first = ["pre-training", "objects"] if method in compare.METHODS else ["objects"]
     first = ["supervised"] if method == "supervised" else first
-    assert list(shared) == [*first, "kNN", "AP, 10% of labels", "AP, 100% of labels"]
+    assert list(shared) == [*first, "kNN", "tuned, 10% of labels", "tuned, 100% of labels"]
     if method in compare.METHODS:
         args = shared["pre-training"]
         assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 48, 8, 64)
     # Detectors and probes see 800 pixels where pre-training sees 224.
-    assert shared[first[-1]].size == 160 and shared["AP, 10% of labels"].size == [160, 160]
+    assert shared[first[-1]].size == 160 and shared["tuned, 10% of labels"].size == [160, 160]
     assert shared["kNN"].size == 48
 
 
 def test_detectors_of_two_networks_share_draws_of_few_labels_and_none_is_trained_twice(data, monkeypatch):
     flags, seen = [*data, "--seeds", 2, "--draws", 3], []
     for method, seed in (("moco", 0), ("moco", 1), ("random", 0), ("random", 1)):
-        detectors = [flags for kind, _, flags, _ in planned(monkeypatch, flags, method, seed) if kind.startswith("AP")]
+        todo = planned(monkeypatch, flags, method, seed)
+        detectors = [flags for kind, _, flags, _ in todo if kind.startswith("tuned")]
         labels = [value(flags, "--train", 2) for flags in detectors]
         assert sorted(path[-6] for path in labels if "labels-0.1" in path) == ["0", "1", "2"]
         assert len(labels) == 4                                  # three draws of a tenth, and all labels
@@ -95,7 +96,7 @@ def test_weights_that_exist_are_evaluated_without_pre_training(data, tmp_path, m
     path.parent.mkdir()
     path.touch()
     todo = planned(monkeypatch, [*data, "--init", path], "runs-last")
-    assert [kind for kind, *_ in todo] == ["objects", "AP, 10% of labels", "AP, 100% of labels"]
+    assert [kind for kind, *_ in todo] == ["objects", "tuned, 10% of labels", "tuned, 100% of labels"]
     assert all(value(flags, "--init") == str(path) for _, _, flags, _ in todo)
     assert run(monkeypatch, *data, "--init", tmp_path / "nothing.pth") == 2
     assert "no such file" in capsys.readouterr().err
@@ -139,7 +140,7 @@ if SLOW in sys.argv[1]: time.sleep(60)
 if BROKEN in sys.argv[1]: print("out of luck"); sys.exit(2)
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]); out.mkdir(parents=True, exist_ok=True)
 seed = int(sys.argv[sys.argv.index("--seed") + 1])
-folder = out.parents[1 if "AP" in out.name else 0]
+folder = out.parents[1 if "tuned" in out.name or "frozen" in out.name else 0]
 with open(folder / "runs.txt", "a") as file: print(sys.argv[1], *sys.argv[2:], file=file)
 if "detect" in sys.argv[1]: (out / "log.jsonl").write_text(json.dumps(
     {"step": 1, "AP": 2.0 * seed + 3 * ("random" not in str(out))}))

@@ -10,9 +10,9 @@ Every network sees the same images equally often in views of the same size, with
 takes for a short run, except for the learning rates in SHORT. `random` is an untrained network, `random0` one whose
 residual blocks begin as the identity, as SoCo's and DetCon's do. `supervised`, a ceiling, is trained on the labels of
 --train and sees as many images. Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of
-detect.py after fine-tuning on --shares of the labels. Images are then about 800 / 224 times as large as pre-training's
-views, as detectors see them. `gain` is the AP minus that of detectors that begin with untrained networks and learn from
-the same labels.
+detectors that detect.py trains on --shares of the labels, with a backbone that is tuned and with one that is frozen.
+Images are then about 800 / 224 times as large as pre-training's views, as detectors see them. `gain` is the AP minus
+that of detectors with untrained networks and the same labels.
 
 Writes table.md, chart.png and the scripts' own files to --out; the same command again resumes. GPUs work together on
 one network; a CPU's cores work on a network each.
@@ -162,18 +162,18 @@ def tasks(args, method, seed):
     if args.knn:
         flags = [*probe, "--protocol", "knn", "--data", args.knn, "--size", args.size]
         todo.append(("kNN", "transfer/classify.py", flags, out / "knn.json"))
-    for share in args.shares if args.steps else ():
+    for backbone, share in product(args.backbones, args.shares) if args.steps else ():
         for draw in label_draws(args, seed, share):
             labels, images = args.labels[share, draw]
-            folder, batch = out / f"AP-{share:g}-{draw}", even_batch(8, images)
+            folder, batch = out / f"{backbone}-{share:g}-{draw}", even_batch(8, images)
             in_epoch = images // batch
             own = seed if method in convert.UNTRAINED else draw                       # --seed draws the network too
             flags = [*start, *amp, "--train", args.train[0], labels, "--val", *args.val, "--size", large, large,
                      "--rois", 32,                                                    # few: the images are small
                      "--batch-size", batch, "--lr", 0.08, "--warmup", 20 / in_epoch,  # 0.04 at 8 images, after 20 steps
                      "--epochs", max(1, round(args.steps / in_epoch)), "--seed", own, "--save-every", 100,
-                     "--out", folder]
-            todo.append((f"AP, {100 * share:g}% of labels", "transfer/detect.py", flags, folder / "log.jsonl"))
+                     *["--freeze"] * (backbone == "frozen"), "--out", folder]
+            todo.append((f"{backbone}, {100 * share:g}% of labels", "transfer/detect.py", flags, folder / "log.jsonl"))
     return [(kind, script, list(map(str, flags)), result) for kind, script, flags, result in todo]
 
 
@@ -266,12 +266,12 @@ def figures(args, method, seed):
     return found
 
 
-def average_precisions(args, method, share):
-    """[(draw, AP)] of the detectors that began with a method's networks and learned from a draw of the labels."""
+def average_precisions(args, method, backbone, share):
+    """[(draw, AP)] of a method's detectors, with tuned or frozen backbones, that learned from a share of the labels."""
     found = []
     for seed in range(args.seeds):
         for draw in label_draws(args, seed, share):
-            path = args.out / f"{method}-{seed}" / f"AP-{share:g}-{draw}" / "log.jsonl"
+            path = args.out / f"{method}-{seed}" / f"{backbone}-{share:g}-{draw}" / "log.jsonl"
             aps = [row["AP"] for row in common.read_log(path) if "AP" in row] if path.exists() else []
             found += [(draw, aps[-1])] if aps else []
     return found
@@ -305,10 +305,10 @@ def tabulate(args, methods):
         names = dict.fromkeys(name for row in seeds for name in row)
         rows[method] = {name: summarize([row[name] for row in seeds if name in row]) for name in names}
     columns = ["c2", "c3", "c4", "c5", "pyramid", "head", "kNN"]
-    for share in args.shares if args.steps else ():
-        ap, gain = f"AP {100 * share:g}%", f"gain {100 * share:g}%"
+    for backbone, share in product(args.backbones, args.shares) if args.steps else ():
+        ap, gain = (f"{backbone} {what} {100 * share:g}%" for what in ("AP", "gain"))
         columns += [ap, gain]
-        found = {method: average_precisions(args, method, share) for method in methods}
+        found = {method: average_precisions(args, method, backbone, share) for method in methods}
         for method, pairs in found.items():
             rows[method][ap] = summarize([x for _, x in pairs])
         for method, x in gains(found).items():
@@ -326,7 +326,8 @@ def report(args, methods):
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     titles = {f"c{k}": f"objects recognized from c{k}, in %" for k in (2, 3, 4, 5)}
     titles["kNN"] = "nearest neighbors' accuracy, in %"
-    titles |= {f"AP {100 * x:g}%": f"AP with {100 * x:g}% of the labels" for x in args.shares}
+    titles |= {f"{backbone} AP {100 * x:g}%": f"AP, {backbone} backbone, {100 * x:g}% of the labels"
+               for backbone, x in product(args.backbones, args.shares)}
     panels = []
     for name, title in titles.items():
         bars = {method: (row[name][0], row[name][1] or 0.0) for method, row in rows.items() if name in row}
@@ -364,6 +365,8 @@ def arguments():
     add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
     add("--steps", type=common.bounded(int, 0), default=400,
         help="to fine-tune a detector, 8 images each, rounded to whole epochs (default: 400; 0: no detectors)")
+    add("--backbones", nargs="+", choices=["tuned", "frozen"], default=["tuned", "frozen"],
+        help="whether a detector trains the backbone too, or takes it as it is, as in DetCon Sec. 4.3 (default: both)")
     add("--shares", type=common.bounded(float, 1e-6, 1), nargs="+", default=[0.1, 1],
         help="shares of the labels to fine-tune a detector on (default: 0.1 1)")
     add("--amp", choices=["bf16", "off"],
@@ -375,7 +378,8 @@ def arguments():
     if len({x is None for x in (args.data, args.train, args.val)}) > 1 or args.knn and args.data is None:
         common.fail("--data, --train and --val go together, and --knn with them: images to pre-train on, labeled ones "
                     "to learn from and to evaluate on")
-    args.methods, args.shares = ([*dict.fromkeys(values)] for values in (args.methods, args.shares))
+    for name in ("methods", "shares", "backbones"):  # each once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.files = {"-".join(path.absolute().with_suffix("").parts[-2:]): path for path in args.init}
     if len(args.files) < len(args.init):
         common.fail("two files of --init have the same name in folders of the same name: rename one")
