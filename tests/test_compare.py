@@ -19,6 +19,7 @@ from conftest import fork, run_script, write_scenes
 from transfer import coco, compare, page
 
 run = partial(run_script, compare)
+DETECTORS = [f"{backbone}, {share}% of labels" for backbone in ("tuned", "frozen") for share in (10, 100)]
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def test_every_script_takes_the_flags_it_is_given(data, monkeypatch, method):
         assert shared["supervised"].batch_size == 16             # images of a detector's size, as in classify.py
     first = ["pre-training", "objects"] if method in compare.METHODS else ["objects"]
     first = ["supervised"] if method == "supervised" else first
-    assert list(shared) == [*first, "kNN", "tuned, 10% of labels", "tuned, 100% of labels"]
+    assert list(shared) == [*first, "kNN", *DETECTORS]
+    assert [shared[kind].freeze for kind in DETECTORS] == [False, False, True, True]
     if method in compare.METHODS:
         args = shared["pre-training"]
         assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet18w0.25", 48, 8, 64)
@@ -96,7 +98,7 @@ def test_weights_that_exist_are_evaluated_without_pre_training(data, tmp_path, m
     path.parent.mkdir()
     path.touch()
     todo = planned(monkeypatch, [*data, "--init", path], "runs-last")
-    assert [kind for kind, *_ in todo] == ["objects", "tuned, 10% of labels", "tuned, 100% of labels"]
+    assert [kind for kind, *_ in todo] == ["objects", *DETECTORS]
     assert all(value(flags, "--init") == str(path) for _, _, flags, _ in todo)
     assert run(monkeypatch, *data, "--init", tmp_path / "nothing.pth") == 2
     assert "no such file" in capsys.readouterr().err
@@ -155,13 +157,14 @@ def stand_in(monkeypatch, broken="nothing", slow="nothing"):
 
 
 def test_the_table_has_mean_and_deviation_over_seeds_and_nothing_is_done_twice(data, tmp_path, monkeypatch, capsys):
-    flags = [*data, "--methods", "moco", "--seeds", 2, "--jobs", 2]
+    flags = [*data, "--methods", "moco", "--seeds", 2, "--jobs", 2, "--backbones", "tuned"]
     stand_in(monkeypatch)
     assert run(monkeypatch, *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"\d:\d\d left", lines[0])
     table = [line for line in lines if line.startswith("|")]
-    assert table[0] == "| | c2 | c3 | c4 | c5 | AP 10% | gain 10% | AP 100% | gain 100% |"
+    assert table[0] == ("| | c2 | c3 | c4 | c5 | tuned AP 10% | tuned gain 10% | tuned AP 100% | "
+                        "tuned gain 100% |")
     scores = "20.5 ± 0.7 | 30.5 ± 0.7 | 40.5 ± 0.7 | 50.5 ± 0.7"                          # of 20, 21; 30, 31; ...
     # The APs are 0 and 2 on the two draws, and a method's 3 more: its gain is that on either draw, without spread.
     untrained, trained = "1.0 ± 1.4 |  | 1.0 ± 1.4 | ", "4.0 ± 1.4 | 3.0 ± 0.0 | 4.0 ± 1.4 | 3.0 ± 0.0"
@@ -182,11 +185,11 @@ def test_a_script_that_fails_ends_the_others_at_once_and_what_is_done_stays_done
     assert run(monkeypatch, *flags) == 2 and time.time() < start + 30
     error = capsys.readouterr().err
     assert "moco-0, pre-training ended with exit code 2: out of luck" in error and error.count("\n") == 1
-    done = (tmp_path / "out" / "runs.txt").read_text() if (tmp_path / "out" / "runs.txt").exists() else ""
+    marks = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.done")}
     stand_in(monkeypatch)
     assert run(monkeypatch, *flags) == 0
-    both = (tmp_path / "out" / "runs.txt").read_text().splitlines()
-    assert len(set(both)) == len(both) and "\n".join(both).startswith(done.strip())
+    assert all(path.stat().st_mtime_ns == time for path, time in marks.items())
+    assert len(list((tmp_path / "out").rglob("*.done"))) > len(marks)
 
 
 def test_a_signal_ends_the_scripts_too(data, tmp_path):
