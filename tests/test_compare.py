@@ -188,7 +188,7 @@ def test_a_script_that_fails_ends_the_others_at_once_and_what_is_done_stays_done
     marks = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.done")}
     stand_in(monkeypatch)
     assert run(monkeypatch, *flags) == 0
-    assert all(path.stat().st_mtime_ns == time for path, time in marks.items())
+    assert all(path.stat().st_mtime_ns == made for path, made in marks.items())
     assert len(list((tmp_path / "out").rglob("*.done"))) > len(marks)
 
 
