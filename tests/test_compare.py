@@ -28,8 +28,8 @@ def data(tmp_path):
     for part, count in (("train", 20), ("val", 4)):
         write_scenes(tmp_path / part, count, seed=count)
     source = lambda part: [tmp_path / part / "images", tmp_path / part / "annotations.json"]
-    return ["--data", tmp_path / "train" / "images", "--train", *source("train"), "--val", *source("val"), "--out",
-            tmp_path / "out"]
+    return ["--data", tmp_path / "train" / "images", "--train", *source("train"), "--val", *source("val"),
+            "--shares", 0.1, 1, "--out", tmp_path / "out"]
 
 
 def planned(monkeypatch, flags, method, seed=0):

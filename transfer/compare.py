@@ -367,8 +367,8 @@ def arguments():
         help="to fine-tune a detector, 8 images each, rounded to whole epochs (default: 400; 0: no detectors)")
     add("--backbones", nargs="+", choices=["tuned", "frozen"], default=["tuned", "frozen"],
         help="whether a detector trains the backbone too, or takes it as it is, as in DetCon Sec. 4.3 (default: both)")
-    add("--shares", type=common.bounded(float, 1e-6, 1), nargs="+", default=[0.1, 1],
-        help="shares of the labels to fine-tune a detector on (default: 0.1 1)")
+    add("--shares", type=common.bounded(float, 1e-6, 1), nargs="+", default=[0.1],
+        help="shares of the labels for a detector to learn from (default: 0.1; for example 0.1 1)")
     add("--amp", choices=["bf16", "off"],
         help="mixed precision (default: the scripts' own); bf16 is faster on a CPU with AMX")
     add("--jobs", type=count, help="networks at a time (default: 1 with GPUs, else the number of cores)")
