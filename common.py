@@ -1133,7 +1133,7 @@ LAYOUTS = {  # {a name that only this layout has: (what it is, its method, its t
     "neck.fpn_convs.0.conv.weight": ("SoCo of the authors, FPN", "soco", SOCO, {"": "online", "_k": "target"}),
     "encoder.conv1.weight": ("SoCo of the authors, C4", "soco", SOCO, {"": "online", "_k": "target"}),
     "stem.conv1.weight": ("a Detectron2 file", None, DETECTRON2, {"": "online"}),
-    "backbone.conv1.weight": ("ours", None, {"backbone": "backbone"}, {"": "online"}),
+    "backbone.conv1.weight": ("a classifier, as ours", None, {"backbone": "backbone"}, {"": "online"}),
     "fc.weight": ("torchvision's ResNet", None, RESNET, {"": "online"}),
     "conv1.weight": ("a ResNet without classifier, as DetCo of the authors", None, RESNET, {"": "online"})}
 

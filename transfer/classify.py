@@ -250,8 +250,7 @@ def open_objects(args):
         shapes = lambda part, k: common.Shapes(SHAPES[part], SHAPES["size"], args.seed + k).draw_all()
         return shapes("train", 1), shapes("val", 2), len(common.SHAPE_CLASSES)
     train, val = (coco.CocoFolder(*source, training=True) for source in (args.train, args.val))
-    if train.classes != val.classes:
-        common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}")
+    coco.check_classes(train, val, (args.train[1], args.val[1]))
     if len(train.classes) < 2:
         common.fail(f"{args.train[1]} has one class: there is nothing to tell it from")
     return train, val, len(train.classes)

@@ -91,6 +91,13 @@ class CocoFolder(common.ImageFolder):
                 "classes": list(self.classes.values())}
 
 
+def check_classes(train, val, paths):
+    """Exit with 2 if two CocoFolders have different classes. paths: their JSON files."""
+    if train.classes != val.classes:
+        one = min(train.classes.items() ^ val.classes.items(), key=str)
+        common.fail(f"the classes of {paths[1]} are not those of {paths[0]}: {one} is in one alone")
+
+
 def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=False):
     """An image and the targets that torchvision's detectors expect, mirrored half of the time if `flip`.
 

@@ -1,6 +1,6 @@
 """Which method for my images? Pre-trains all five alike on a folder, then probes and fine-tunes each the same way.
 
-    python transfer/compare.py                                         drawn shapes, about an hour on two cores
+    python transfer/compare.py                                         drawn shapes, an hour or more on two cores
     python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128
     python transfer/compare.py --methods moco soco --seeds 1 ...       some of it
     python transfer/compare.py --add soco "--proposals boxes.npz" ...  flags for one of the scripts
@@ -88,8 +88,7 @@ def draw_shapes(folder, size):
 def open_annotated(args):
     """The training images with annotations, after a look at all the data. Exits with 2 if some of it is of no use."""
     train, val = (coco.CocoFolder(*source, training=True) for source in (args.train, args.val))
-    if train.classes != val.classes:
-        common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}")
+    coco.check_classes(train, val, (args.train[1], args.val[1]))
     if len(train) < 2:
         common.fail(f"{args.train[1]} has objects in one image alone: take two or more")
     return train

@@ -209,10 +209,8 @@ def main():
     source = coco.CocoFolder(*args.train, training=True, needs=needs)
     val = coco.CocoFolder(*args.val, training=False, needs=needs) if args.val else None
     truth = coco.ground_truth(args.val[1], val) if val and common.rank() == 0 else None
-    if val and val.classes != source.classes:
-        here, there = source.classes.items(), val.classes.items()
-        common.fail(f"the classes of {args.val[1]} are not those of {args.train[1]}: "
-                    f"{min(there ^ here, key=str)} is in one alone")
+    if val:
+        coco.check_classes(source, val, (args.train[1], args.val[1]))
     if keypoints and not source.keypoints:
         common.fail(f"{args.train[1]}: no category has `keypoints`")
     tensors, _ = convert.initial(args, args.fill)
