@@ -1862,7 +1862,10 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
     def parse(self, variant=lambda args: {}):
-        """The arguments. A default comes from variant(args), or from `demo` if no --data is given, or from `paper`."""
+        """The arguments. A default comes from variant(args), or from `demo` if no --data is given, or from `paper`.
+
+        The `args` that `variant` gets have the other defaults already.
+        """
         args = self.parse_args()
         for name, value in vars(args).items():
             if "" in (value if isinstance(value, list) else [value]):
@@ -1872,9 +1875,10 @@ class Parser(argparse.ArgumentParser):
             args.workers = min(self.paper.get("workers", 16), cores()) if torch.cuda.is_available() else 0
         if self.demo and args.init:
             args.start = weights_to_start_from(args)
-        for name, value in {**self.paper, **(self.demo if args.data is None else {}), **variant(args)}.items():
-            if getattr(args, name, None) is None:
-                setattr(args, name, value)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        defaults = {**self.paper, **(self.demo if args.data is None else {})}
+        defaults |= variant(argparse.Namespace(**{**vars(args), **defaults, **given}))
+        vars(args).update({**defaults, **given})
         if args.amp is None:
             native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             args.amp = "bf16" if native else "off"

@@ -415,7 +415,7 @@ def arguments():
     def variant(args):
         changed = dict(GRID1) if args.masks == "grid1" else {}
         if args.variant == "b":
-            changed |= {**B, **(B_1000 if (args.epochs or 0) >= 1000 else {})}
+            changed |= {**B, **(B_1000 if args.epochs >= 1000 else {})}
         return changed
 
     args = parser.parse(variant)

@@ -294,8 +294,7 @@ def arguments():
         help="BN groups in a single process (default: 8; fewer for a small batch); under torchrun: one per process")
 
     def variant(args):
-        ablation = args.augment == "moco" or args.augment is None and not args.data
-        return ABLATION if ablation else {}
+        return ABLATION if args.augment == "moco" else {}
 
     args = parser.parse(variant)
     if not any(args.alpha + args.beta):

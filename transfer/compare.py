@@ -44,7 +44,7 @@ from transfer import coco, convert, page  # noqa: E402
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
 OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # no demo decides these
 SHORT = {**dict.fromkeys(("moco", "detco", "dupr"), dict(lr=1.0, bn_splits=2)),  # tuned on seed 0 of the drawn shapes
-         "soco": dict(lr=8.0, warmup=1, num_proposals=3)}
+         "soco": dict(detector="fpn", lr=8.0, warmup=1, num_proposals=3)}
 SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)       # drawn pictures
 
 

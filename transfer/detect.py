@@ -46,7 +46,8 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
 
     size: (low, high) of an image's shorter side in training, in pixels. Tests take the high one. A box belongs to the
     pyramid level that it would have if the high one were 800. rois: how many RoIs of an image train the box head, drawn
-    from about four times as many proposals. If the backbone is narrower than ResNet's, so is the rest of the detector.
+    from about four times as many proposals; tests take about twice as many. If the backbone is narrower than ResNet's,
+    so is the rest of the detector.
     """
     norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
@@ -74,9 +75,10 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
     else:
         box_head = TwoMLPHead(channels * 7 * 7, 4 * channels)
     pool = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=2, canonical_scale=224 * size[1] / 800)
-    proposals = round(2000 * rois / 512)  # 2000 is torchvision's and Detectron2's
+    proposals = lambda at_512_rois: round(at_512_rois * rois / 512)
     parts = dict(box_roi_pool=pool(output_size=7), box_head=box_head, box_batch_size_per_image=rois,
-                 rpn_pre_nms_top_n_train=proposals, rpn_post_nms_top_n_train=proposals,
+                 rpn_pre_nms_top_n_train=proposals(2000), rpn_post_nms_top_n_train=proposals(2000),
+                 rpn_post_nms_top_n_test=proposals(1000),  # torchvision's and Detectron2's numbers
                  box_predictor=FastRCNNPredictor(4 * channels, classes + 1), **scales)
     if model == "maskrcnn":
         return MaskRCNN(backbone, mask_roi_pool=pool(output_size=14),
@@ -181,7 +183,7 @@ def arguments():
         help="box head: SoCo's and torchvision's v2, with norms, or the classic one")
     add("--size", type=common.bounded(int, 32), nargs=2,
         help="range of the image's shorter side in training; tested at the larger")
-    add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs)")
+    add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs); those tested are twice as many")
     add("--fill", choices=DEFAULTS["fill"], nargs="+", help="the parts to take from --init, if it has them")
     add("--freeze", action="store_true", help="keep the backbone as it is (DetCon Sec. 4.3)")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
