@@ -110,7 +110,7 @@ class Stop:
         if self.holding and not first:
             return
         if not first and int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, b"stopped by %s: the same command goes on\n" % signal.Signals(number).name.encode())
+            os.write(2, b"stopped by %s: run the same command again to resume\n" % signal.Signals(number).name.encode())
         with suppress(OSError, RuntimeError):  # nobody reads, or the signal came amid a print
             sys.stdout.flush()
         kill_workers()
@@ -155,7 +155,8 @@ def report_crash(kind, error, trace):
     fault = next((x for x in chain if isinstance(x, OSError)), None)
     line, code = text.splitlines()[-1][:200], 1
     if stop.signal:  # whatever the error, it comes of the other processes being gone
-        line = f"ended by {signal.Signals(stop.signal).name}: the same command goes on from the last checkpoint"
+        line = (f"ended by {signal.Signals(stop.signal).name}: run the same command again to resume from the last "
+                "checkpoint")
         code = 128 + stop.signal
     elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|llocate|Storage size", text):
         flags = "--batch-size, --size or --workers" if stop.holding else "--queue, --dim, --arch or --size"
@@ -1475,7 +1476,7 @@ class Run:
                     barrier()  # torchrun kills the others as soon as one has ended
                     if rank() == 0:
                         print_line(f"stopped by {signal.Signals(number).name}, saved after step {self.step} of "
-                                   f"{self.total}: the same command goes on")
+                                   f"{self.total}: run the same command again to resume")
                     finish()
                     sys.exit(128 + number)
         finally:

@@ -421,7 +421,7 @@ def masks(args, folder):
         number = {image["id"]: number[image["file_name"]] for image in dataset["images"]}
         truth = {}
         for annotation in dataset["annotations"]:
-            mask = coco_masks.decode(annotation["segmentation"], None)
+            mask = coco_masks.decode(annotation["segmentation"], tuple(annotation["segmentation"]["size"][::-1]))
             truth.setdefault(number[annotation["image_id"]], []).append(mask)
     else:
         source = common.Shapes(300, size=320)

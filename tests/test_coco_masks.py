@@ -104,4 +104,4 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path, 
     (tmp_path / "annotations.json").write_text("{}")
     assert run_script(coco_masks, monkeypatch, *places) == 2
     error = capsys.readouterr().err
-    assert "no file of COCO instances" in error and error.count("\n") == 1
+    assert "not a COCO instances file" in error and error.count("\n") == 1

@@ -214,7 +214,7 @@ def test_a_signal_ends_the_scripts_too(data, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)
     assert process.exitcode == 128 + signal.SIGTERM and not at_work()
-    assert "stopped by SIGTERM: the same command goes on" in (tmp_path / "said.txt").read_text()
+    assert "stopped by SIGTERM: run the same command again to resume" in (tmp_path / "said.txt").read_text()
 
 
 def test_a_gain_is_over_the_untrained_networks_on_the_same_labels_and_has_both_errors():
@@ -243,8 +243,8 @@ def test_wrong_flags_and_data_end_with_one_line_before_anything_runs(data, tmp_p
                         (["--shares", 0], "at least"), (["--add", "sooc", "--lr 3"], "--add sooc"),
                         (["--add", "soco", "--lr '3"], "No closing quotation"),
                         ([*data, "--out", tmp_path / "file"], "cannot write --out"),
-                        ([*data, "--train", images, tmp_path / "broken.json"], "no file of COCO annotations"),
-                        ([*data, "--train", images, tmp_path / "nothing.json"], "no file of COCO annotations"),
+                        ([*data, "--train", images, tmp_path / "broken.json"], "not a COCO annotation file"),
+                        ([*data, "--train", images, tmp_path / "nothing.json"], "not a COCO annotation file"),
                         ([*data, "--val", tmp_path / "val" / "images", tmp_path / "other.json"], "the classes of")):
         assert run(monkeypatch, *flags) == 2
         error = capsys.readouterr().err

@@ -249,6 +249,16 @@ def test_a_finished_run_is_evaluated_when_val_is_named_at_last(scenes, tmp_path,
         assert ["AP" in row for row in rows(tmp_path)] == [False, False, False, True]
 
 
+@pytest.mark.parametrize("model, rois, train, test", [("fasterrcnn", 512, 2000, 1000), ("maskrcnn", 32, 125, 62)])
+def test_proposals_of_training_and_tests_are_torchvisions_and_fall_with_rois(model, rois, train, test):
+    rpn = detect.build(model, ARCH, 3, size=(64, 64), rois=rois).eval().rpn
+    corner = 15.0 * torch.cartesian_prod(torch.arange(64), torch.arange(64))
+    apart = torch.cat([corner, corner + 10], dim=1)[None]  # non-maximum suppression leaves all
+    for training, most in ((True, train), (False, test)):
+        kept, _ = rpn.train(training).filter_proposals(apart, torch.randn(1, 4096), [(1000, 1000)], [4096])
+        assert len(kept[0]) == most
+
+
 @pytest.mark.parametrize("model", list(detect.LOWEST))
 def test_bf16_leaves_anchors_and_boxes_in_float32(model):
     torch.manual_seed(0)
@@ -351,12 +361,12 @@ def change(dataset, kind):
 
 
 @pytest.mark.parametrize("kind, says, more", [
-    ("unknown category", "category 7", []), ("no categories", "no file of COCO annotations", []),
-    ("another class", "horse", []), ("ids as text", "is in one alone", []),
+    ("unknown category", "category 7", []), ("no categories", "not a COCO annotation file", []),
+    ("another class", "horse", []), ("ids as text", "is in only one of them", []),
     ("missing image", "lacks 1 of the 12 images", []), ("wrong size", "its annotations 65 x 64", []),
     ("no keypoints", "annotates nothing with keypoints", ["--model", "keypointrcnn"]),
-    ("unbounded", "no file of COCO annotations", []),
-    ("no number", "no file of COCO annotations", []), ("no such image", "image 999", []),
+    ("unbounded", "not a COCO annotation file", []),
+    ("no number", "not a COCO annotation file", []), ("no such image", "image 999", []),
     ("no masks", "image 100 has no segmentation", ["--model", "maskrcnn"])])
 def test_wrong_annotations_end_with_one_line(scenes, tmp_path, monkeypatch, capsys, kind, says, more):
     folder = write_scenes(tmp_path / "train", 12)

@@ -34,7 +34,8 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_as_if_nothing_had
     stopped.join()
     said, step = log.read_text(), rows(tmp_path / "stopped")[-1]["step"]
     assert stopped.exitcode == 128 + signal.SIGTERM and 3 <= step < 90
-    assert said.splitlines()[-1] == f"stopped by SIGTERM, saved after step {step} of 90: the same command goes on"
+    assert said.splitlines()[-1] == (f"stopped by SIGTERM, saved after step {step} of 90: "
+                                     "run the same command again to resume")
     assert "Traceback" not in said
     for out in ("stopped", "whole"):
         assert run_script(moco, monkeypatch, *plan(out, "--max-steps", step + 2)) == 0
@@ -85,7 +86,7 @@ def test_a_signal_whose_exit_python_drops_ends_the_program_all_the_same(tmp_path
     process = fork(tmp_path / "said.txt", drop_and_go_on)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
-    assert (tmp_path / "said.txt").read_text() == "stopped by SIGTERM: the same command goes on\n"
+    assert (tmp_path / "said.txt").read_text() == "stopped by SIGTERM: run the same command again to resume\n"
 
 
 # --- Restarts, and two runs in one folder ----------------------------------------------------------------------------

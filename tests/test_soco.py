@@ -590,6 +590,15 @@ def test_every_variant_trains(pictures, tmp_path, monkeypatch, more):
     assert run(monkeypatch, *arguments(pictures, tmp_path, "--proposals", "random", "--max-steps", 2, *more)) == 0
 
 
+@pytest.mark.parametrize("more, detector, views", [
+    ([], "c4", 2), (["--detector", "fpn"], "fpn", 3), (["--detector", "fpn", "--views", 4], "fpn", 4),
+    (["--data", "here"], "fpn", 3), (["--data", "here", "--detector", "c4"], "c4", 2)])
+def test_the_demo_is_soco_c4_and_a_detector_brings_its_own_views(monkeypatch, more, detector, views):
+    monkeypatch.setattr("sys.argv", ["soco.py", *map(str, more)])
+    args = soco.arguments()
+    assert (args.detector, args.views) == (detector, views)
+
+
 @pytest.mark.parametrize("more, says", [
     (["--detector", "c4", "--views", "3"], "views V1 and V2 alone"),
     (["--detector", "c4", "--no-head"], "for --detector fpn"),

@@ -224,7 +224,7 @@ def pooled_features(backbone, source, stage, args, device):
 def compare_stages(args, device):
     """The protocols knn and svm, on c2 to c5."""
     source, val, labels, classes = open_labeled(args)
-    backbone = convert.backbone(args, common.SyncBatchNorm).to(device, memory_format=torch.channels_last).eval()
+    backbone = convert.backbone(args).to(device, memory_format=torch.channels_last).eval()
     single, stages = labels[0].ndim == 1, {}
     for stage in (2, 3, 4, 5):
         if args.protocol == "knn":
@@ -393,7 +393,7 @@ def arguments():
     add("--stage", type=int, choices=[2, 3, 4, 5], help="linear, finetune: which stage's output is classified")
     add("--weight-decay", type=common.bounded(float, 0), help="finetune, supervised: 1e-4")
     add("--drops", type=common.bounded(float, 0, 1), nargs="+",
-        help="when the learning rate falls to a tenth, in shares of the run; finetune, supervised: 0.7 0.9")
+        help="when the learning rate falls to a tenth, as fractions of the run; finetune, supervised: 0.7 0.9")
     args = parser.parse(protocol_defaults)
     if args.protocol in BOX_PROTOCOLS and args.data is not None:
         common.fail(f"--protocol {args.protocol} takes --train and --val, not --data")

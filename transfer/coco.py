@@ -15,7 +15,7 @@ from transfer.coco_masks import decode
 # --- Annotated images ------------------------------------------------------------------------------------------------
 
 def keep_images(folder, names, what):
-    """Reduce `folder` to the images `names`, a list of bytes, in that order. what: the file that names them."""
+    """Reduce `folder` to the images `names`, a list of bytes, in that order. what: the file that does."""
     missing = sorted(set(names) - set(folder.names.tobytes().split(b"\0")))
     if missing:
         common.fail(f"{folder.root} lacks {len(missing)} of the {len(names)} images of {what}: "
@@ -43,10 +43,10 @@ class CocoFolder(common.ImageFolder):
             objects = {image["id"]: [] for image in dataset["images"]}
             for annotation in dataset["annotations"]:
                 if annotation["category_id"] not in self.classes:
-                    common.fail(f"{path}: an object is of category {annotation['category_id']}, "
-                                "which `categories` lacks")
+                    common.fail(f"{path}: an object has category {annotation['category_id']}, "
+                                "which is not in `categories`")
                 if annotation["image_id"] not in objects:
-                    common.fail(f"{path}: an object is in image {annotation['image_id']}, which `images` lacks")
+                    common.fail(f"{path}: an object is in image {annotation['image_id']}, which is not in `images`")
                 if needs == "segmentation" and not annotation.get(needs):
                     common.fail(f"{path}: an object of image {annotation['image_id']} has no segmentation")
                 x, y, w, h = map(float, annotation["bbox"])
@@ -62,7 +62,7 @@ class CocoFolder(common.ImageFolder):
                      for image in images]
             self.ids = [image["id"] for image in images]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            common.fail(f"{path} is no file of COCO annotations ({type(error).__name__}: {error})")
+            common.fail(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})")
         if not names:
             common.fail(f"{path} annotates nothing" + (f" with {needs}" if needs else ""))
         keep_images(self, names, path)
@@ -95,7 +95,7 @@ def check_classes(train, val, paths):
     """Exit with 2 if two CocoFolders have different classes. paths: their JSON files."""
     if train.classes != val.classes:
         one = min(train.classes.items() ^ val.classes.items(), key=str)
-        common.fail(f"the classes of {paths[1]} are not those of {paths[0]}: {one} is in one alone")
+        common.fail(f"the classes of {paths[1]} are not those of {paths[0]}: {one} is in only one of them")
 
 
 def image_and_targets(image, rng, source, masks=False, keypoints=False, flip=False):
@@ -139,7 +139,7 @@ def mirrored(batch, names):
 # --- Average precision -----------------------------------------------------------------------------------------------
 
 def ground_truth(path, source):
-    """pycocotools' COCO of the annotations in `path`, with images numbered as in `source` and all entries filled in."""
+    """pycocotools' COCO of the annotations in `path`, with images numbered as in `source`. Fills in missing entries."""
     from pycocotools.coco import COCO
     dataset = json.loads(Path(path).read_bytes())
     number, images, annotations = {image: i for i, image in enumerate(source.ids)}, [], []

@@ -5,10 +5,12 @@
     python transfer/coco_masks.py --labels annotations.json DIR/train/images DIR/train/labels
 
 Writes a 16-bit PNG for every image of the folder, with one bit for each of the 16 largest objects. With --labels it is
-an 8-bit PNG: 0 is the ground, k the k-th category by id, and small objects lie above large ones. Crowds are left out.
+an 8-bit PNG: 0 is the background, k the k-th category by id, and small objects lie above large ones. Crowds are left
+out.
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def inside(polygon, size):
     center = np.arange(size[1]) + 0.5                                       # y of each row of pixels
     edge, row = np.nonzero((y[:, None] <= center) != ((y + dy)[:, None] <= center))  # which edge crosses which row
     cross = x[edge] + (center[row] - y[edge]) / dy[edge] * dx[edge]         # x of the crossing
-    first = np.ceil(cross - 0.5).clip(0, size[0]).astype(int)               # the first pixel with its center behind it
+    first = np.ceil(cross - 0.5).clip(0, size[0]).astype(int)               # the first pixel with its center to the right
     crossings = np.zeros((size[1], size[0] + 1), int)
     np.add.at(crossings, (row, first), 1)
     return crossings.cumsum(axis=1)[:, :-1] % 2 == 1
@@ -96,7 +98,8 @@ def main():
         common.fail(f"{args.masks} holds the images: write the masks to another folder")
     try:
         dataset = json.loads(Path(args.annotations).read_bytes())
-        known = {image["file_name"]: (image["id"], (image["width"], image["height"])) for image in dataset["images"]}
+        known = {os.path.normpath(image["file_name"]): (image["id"], (image["width"], image["height"]))
+                 for image in dataset["images"]}
         order = sorted(category["id"] for category in dataset["categories"]) if args.labels else []
         objects = {}
         for annotation in sorted(dataset["annotations"], key=lambda annotation: -annotation["area"]):
@@ -104,9 +107,9 @@ def main():
                 label = 1 + order.index(annotation["category_id"]) if args.labels else None
                 objects.setdefault(annotation["image_id"], []).append((annotation["segmentation"], label))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        common.fail(f"{args.annotations} is no file of COCO instances ({error})")
+        common.fail(f"{args.annotations} is not a COCO instances file ({type(error).__name__}: {error})")
     if len(order) > 254:
-        common.fail(f"{args.annotations} has {len(order)} categories: an 8-bit label map tells 254 from the ground")
+        common.fail(f"{args.annotations} has {len(order)} categories: an 8-bit label map has room for 254")
     source, draw, empty = common.ImageFolder(args.images), draw_labels if args.labels else draw_bits, 0
     for i in range(len(source)):
         name = source.name(i)

@@ -7,7 +7,7 @@
     python transfer/compare.py --init ckpt_epoch_400.pth ...           beside weights that exist, ours or the authors'
 
 Every network sees the same images equally often in views of the same size, with the settings that the method's demo
-takes for a short run, except for the learning rates in SHORT. `random` is an untrained network, `random0` one whose
+takes for a short run, except for those in SHORT. `random` is an untrained network, `random0` one whose
 residual blocks begin as the identity, as SoCo's and DetCon's do. `supervised`, a ceiling, is trained on the labels of
 --train and sees as many images. Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of
 detectors that detect.py trains on --shares of the labels, with a backbone that is tuned and with one that is frozen.
@@ -86,11 +86,12 @@ def draw_shapes(folder, size):
 
 
 def open_annotated(args):
-    """The training images with annotations, after a look at all the data. Exits with 2 if some of it is of no use."""
+    """The annotated training images. Exits with 2 if these or those of --val are of no use."""
     train, val = (coco.CocoFolder(*source, training=True) for source in (args.train, args.val))
     coco.check_classes(train, val, (args.train[1], args.val[1]))
-    if len(train) < 2:
-        common.fail(f"{args.train[1]} has objects in one image alone: take two or more")
+    least = max(2, torch.cuda.device_count())
+    if len(train) < least:
+        common.fail(f"{args.train[1]} has objects in {len(train)} images: take {least} or more")
     return train
 
 
@@ -102,7 +103,8 @@ def share_labels(path, shown, shares, draws, folder):
     dataset = json.loads(Path(path).read_text())
     labels = {(1, draw): (path, len(shown)) for draw in range(draws)}
     for share, draw in product(set(shares) - {1}, range(draws)):
-        kept = set(np.random.default_rng(draw).permutation(sorted(shown))[:max(2, round(share * len(shown)))].tolist())
+        count = max(2, torch.cuda.device_count(), round(share * len(shown)))
+        kept = set(np.random.default_rng(draw).permutation(sorted(shown))[:count].tolist())
         part = {**dataset, "images": [image for image in dataset["images"] if image["id"] in kept],
                 "annotations": [annotation for annotation in dataset["annotations"] if annotation["image_id"] in kept]}
         file = folder / f"labels-{share:g}-{draw}.json"
@@ -214,7 +216,8 @@ def work(args, method, seed, time_left, running):
             code = process.wait()
             running.remove(process)
         if code:
-            last = (out / "output.txt").read_text().strip().splitlines()[-1]
+            lines = (out / "output.txt").read_text().strip().splitlines()
+            last = next((line for line in reversed(lines) if "error: " in line), lines[-1])  # torchrun adds lines
             return f"{out.name}, {kind} ended with exit code {code}: {last[:200]} (more of it in {out}/output.txt)"
         mark.write_text(said)
         time_left.done(out.name, kind, time.perf_counter() - start)
@@ -230,7 +233,8 @@ def work_on(args, networks):
         futures = pending = {pool.submit(work, args, *network, time_left, running) for network in networks}
         while pending and not error and not common.stop.signal:
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            error = next((future.result() for future in done if future.result()), None)
+            failures = [future.exception() or future.result() for future in done]
+            error = next(filter(None, failures), None)
         pool.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in futures):
             for process in running - told:
@@ -239,7 +243,7 @@ def work_on(args, networks):
             time.sleep(0.1)
     common.stop.holding = False
     if common.stop.signal:
-        print(f"stopped by {signal.Signals(common.stop.signal).name}: the same command goes on")
+        print(f"stopped by {signal.Signals(common.stop.signal).name}: run the same command again to resume")
         sys.exit(128 + common.stop.signal)
     if error:
         common.fail(error)
@@ -279,7 +283,8 @@ def average_precisions(args, method, backbone, share):
 def gains(found):
     """{method: (mean, standard error)}: how much higher its APs are than those of the untrained networks.
 
-    found: {method: [(draw, AP)]}. APs are compared on the same draw of the labels, since draws differ as methods do.
+    found: {method: [(draw, AP)]}. APs are compared on the same draw of the labels, since draws differ as much as
+    methods do.
     """
     untrained = defaultdict(list)
     for draw, ap in (pair for method in convert.UNTRAINED for pair in found[method]):

@@ -98,8 +98,8 @@ def add_init(add, nargs=None):
     """Add the flags --init, --part and --arch. add: a parser's add_argument; nargs: of --init."""
     add("--init", required=True, metavar="WHAT", nargs=nargs,
         help="last.pt of one of the five methods or of classify.py; what the authors of MoCo, DetCo or SoCo released; "
-        "torchvision's weights of a ResNet; Detectron2's .pkl; or: random, or random0, as SoCo and DetCon begin: the "
-        "last BN gamma of each residual block is 0")
+        "torchvision's weights of a ResNet; Detectron2's .pkl; random; or random0, where "
+        "the last BN gamma of each residual block is 0, as SoCo and DetCon begin")
     add("--part", choices=PARTS, default="online", help="online or query, target or key (default: online)")
     add("--arch",
         help="resnet18 34 50 101 152 200, with wX for X times the channels; resnext50_32x8d (default: --init's, "
@@ -107,10 +107,11 @@ def add_init(add, nargs=None):
 
 
 def initial(args, taken=("backbone",)):
-    """(the tensors of --init, by our names; the settings of the run that made them). Both are empty for random.
+    """(the tensors of --init, by our names; the settings of the run that made them, if any). For random, both are empty.
 
-    Prints what the file is and which of its parts are not `taken`. Fills in --arch; exits with 2 if --arch is given and
-    the file has another. Sets args.init_checksum: the file's content, not its path, is a setting of the run.
+    Prints what the file is, which of its parts are `taken`, and which have no place. Fills in --arch; exits with 2 if
+    --arch is given and the file has another. Sets args.init_checksum: the file's content, not its path, is a setting of
+    the run.
     """
     if args.init in UNTRAINED:
         args.arch, args.init_checksum = args.arch or "resnet50", args.init

@@ -44,17 +44,17 @@ LOWEST = {"fasterrcnn": 2, "maskrcnn": 2, "keypointrcnn": 2, "retinanet": 3, "fc
 def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), rois=512):
     """torchvision's detector `model`. Backbone, FPN and box head have BNs that are trained, over all processes.
 
-    size: (low, high) of an image's shorter side in training, in pixels. Tests take the high one. A box belongs to the
-    pyramid level that it would have if the high one were 800. rois: how many RoIs of an image train the box head, drawn
+    size: (low, high) of an image's shorter side in training, in pixels. Tests take the high one. The bounds between
+    pyramid levels scale with it; at 800 they are the papers'. rois: how many RoIs of an image train the box head, drawn
     from about four times as many proposals; tests take about twice as many. If the backbone is narrower than ResNet's,
     so is the rest of the detector.
     """
     norm, lowest = common.SyncBatchNorm, LOWEST[model]
     network = common.resnet(arch, norm)
     channels = round(256 * min(1.0, network.width))
-    if lowest == 3 and channels % 64:
-        common.fail(f"--arch {arch}: the 32 norm groups of {model}'s head need a width of a quarter or a "
-                    "multiple of it")
+    if lowest == 3 and channels % 32:
+        common.fail(f"--arch {arch}: the 32 norm groups of {model}'s head need a width of a quarter, or more in steps "
+                    "of an eighth")
     extra = {"retinanet": LastLevelP6P7(network.channels[-1], channels),
              "fcos": LastLevelP6P7(channels, channels)}.get(model)
     backbone = BackboneWithFPN(network, {f"layer{level - 1}": str(level - lowest) for level in range(lowest, 6)},
@@ -104,11 +104,13 @@ def fill(detector, tensors, model, head="4conv1fc"):
     return ", ".join(part(named)) or "nothing", ", ".join(part(report.missing_keys))
 
 
-def to_float32(x):
+def output_to_float32(x):
     """A module's output in float32: a tensor, or tensors in dicts, lists or tuples."""
     if isinstance(x, torch.Tensor):
         return x.float()
-    return {name: to_float32(y) for name, y in x.items()} if isinstance(x, dict) else type(x)(map(to_float32, x))
+    if isinstance(x, dict):
+        return {name: output_to_float32(y) for name, y in x.items()}
+    return type(x)(map(output_to_float32, x))
 
 
 class DetectorWithLosses(nn.Module):
@@ -120,8 +122,8 @@ class DetectorWithLosses(nn.Module):
         detector.backbone.body.requires_grad_(not freeze)
         # Outputs become float32: anchors and boxes take their type, and bf16 has only every 4th number above 512.
         for name, module in detector.named_modules():
-            if name in ("backbone", "rpn.head", "roi_heads.box_predictor", "head"):
-                module.register_forward_hook(lambda module, x, output: to_float32(output))
+            if name in ("backbone", "rpn.head", "roi_heads.box_predictor", "roi_heads.keypoint_predictor", "head"):
+                module.register_forward_hook(lambda module, x, output: output_to_float32(output))
 
     def train(self, mode=True):
         super().train(mode)
@@ -142,9 +144,8 @@ def evaluate(detector, source, truth, args, device):
     """{"AP": 37.9, "AP50", "AP75"} in percent, and "mask_AP", ... or "keypoint_AP", ... if the detector has them.
 
     All processes share the images. Process 0, which has the `truth` of `coco.ground_truth`, returns the figures, the
-    others {}. Leaves the detector in eval mode.
+    others {}.
     """
-    detector.eval()
     found, classes = {}, list(source.classes)
     own_share = range(common.rank(), len(source), common.world_size())
     view = partial(coco.image_and_targets, source=source)
@@ -153,10 +154,11 @@ def evaluate(detector, source, truth, args, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             return detector([x.float() / 255 for x in batch["image"]])
 
-    for batch, (output,) in common.map_images(predict, source, view, own_share, 1, device, args.workers,
-                                              common.collate_lists):
-        image = int(batch["shown"][0])  # an image that also stands in for an undecodable one counts once
-        found[image] = coco.detections(output, image, classes)
+    with common.evaluating(detector):
+        for batch, (output,) in common.map_images(predict, source, view, own_share, 1, device, args.workers,
+                                                  common.collate_lists):
+            image = int(batch["shown"][0])  # an image that also stands in for an undecodable one counts once
+            found[image] = coco.detections(output, image, classes)
     shares = [found]
     if common.world_size() > 1:
         shares = [None] * common.world_size() if common.rank() == 0 else None
@@ -178,19 +180,19 @@ def arguments():
     add("--train", nargs=2, required=True, metavar=("IMAGES", "JSON"),
         help="folder, and COCO annotations of images below it")
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, for AP (default: no AP)")
-    add("--model", choices=list(LOWEST), help="which of torchvision's detectors")
+    add("--model", choices=list(LOWEST), help="which of torchvision's detectors; --lr is 0.01 for retinanet and fcos")
     add("--head", choices=["4conv1fc", "2fc"],
         help="box head: SoCo's and torchvision's v2, with norms, or the classic one")
     add("--size", type=common.bounded(int, 32), nargs=2,
         help="range of the image's shorter side in training; tested at the larger")
-    add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs); those tested are twice as many")
+    add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs); tests take twice as many")
     add("--fill", choices=DEFAULTS["fill"], nargs="+", help="the parts to take from --init, if it has them")
     add("--freeze", action="store_true", help="keep the backbone as it is (DetCon Sec. 4.3)")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--drops", type=common.bounded(float, 0, 1), nargs="+",
-        help="when the learning rate falls to a tenth, in shares of the run")
+        help="when the learning rate falls to a tenth, as fractions of the run")
     add("--weight-decay", type=common.bounded(float, 0), help="of all but norms and biases")
-    add("--eval-every", type=count, help="epochs between APs (default: at the end alone)")
+    add("--eval-every", type=count, help="epochs between APs (default: only at the end)")
     args = parser.parse(lambda args: {"lr": 0.01} if args.model in ("retinanet", "fcos") else {})
     if args.size[0] > args.size[1]:
         common.fail(f"--size {args.size[0]} {args.size[1]}: the smaller comes first")
@@ -234,7 +236,6 @@ def main():
 
     def log_ap():
         run.write(evaluate(detector, val, truth, args, device))
-        model.train()
         run.restart_clock()
 
     for batch in batches:

@@ -41,7 +41,7 @@ MASK_COLORS = [ImageColor.getrgb(f"hsv({210 + 137.5 * k}, {70 - k % 3 * 15}%, {9
 def networks(args, device):
     """{name: backbone}, one for each --init.
 
-    Fills in --size: `args.times` the size of the views in training, the largest of all --init; 224 if none is known.
+    Fills in --size: `args.times` times the largest view that any --init was trained on, or 224 if none is known.
     """
     found, sizes = {}, []
     for init in args.init:
@@ -99,7 +99,7 @@ def open_proposals(args, source, device):
     if kind == "search":
         common.need_opencv("--proposals search", "--proposals random")
         return lambda image, rng: soco.find_objects(source, image.index)
-    if kind in ("random", "truth", "whole"):
+    if kind in ("random", "truth"):
         return soco.open_proposals(argparse.Namespace(proposals=kind), source, device)[0]
     return soco.read_proposals(kind, source)
 
@@ -143,7 +143,10 @@ def nearest(rows, queries, k):
 
 
 def neighbors(args, device):
-    """The images with the most similar features. A frame is green if they are in the same folder, and red if not."""
+    """The images with the most similar features.
+
+    A frame is green if the image is of the query's folder or kind of shape, and red if not.
+    """
     nets = networks(args, device)
     source = open_images(args, single=True)
     if len(source) < 2:
@@ -327,7 +330,7 @@ def proposals(args, device):
             labels = [f"P{2 + level}" for level in soco.assign_levels(boxes, size)]
             column.append(boxed(picture(x, SIDE * side // size), boxes * scale, colors, labels))
         columns[f"V{i}"] = column
-    all_boxes = getattr(boxes_of, "boxes", ())  # of a file
+    all_boxes = getattr(boxes_of, "boxes", ())  # of a file, or of drawn shapes
     if args.data is None or not len(all_boxes):
         return table(columns)
     sides = (all_boxes[:, 2:] - all_boxes[:, :2]).astype(float)

@@ -131,7 +131,7 @@ def bars(title, values, order):
     sheet = Image.new("RGB", (CHART[0] * 2, CHART[1] * 2), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(24)
     text = lambda x, y, words, anchor, font=font: pen.text((2 * x, 2 * y), words, "black", font, anchor)
-    ys = ticks([0, *(mean + spread for mean, spread in values.values())])
+    ys = ticks([0, *(end for mean, spread in values.values() for end in (mean - spread, mean + spread))])
     at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
     for y in ys:
         pen.line([2 * left, 2 * at_y(y), 2 * right, 2 * at_y(y)], "gray" if y == 0 else "#dddddd", 2)

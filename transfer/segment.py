@@ -207,8 +207,10 @@ def iou(counts):
 
 @torch.no_grad()
 def evaluate(model, source, args, device):
-    """{"mIoU", "pixel_accuracy"} in [0, 1] of whole images at their own size. mIoU is over the classes that occur."""
-    model.eval()
+    """{"mIoU", "pixel_accuracy"} in [0, 1] of whole images at their own size. Also writes predictions.png.
+
+    mIoU is over the classes that occur or are predicted.
+    """
     torch.backends.cudnn.benchmark = False  # images have many sizes
     counts, examples = torch.zeros(args.classes, args.classes, dtype=torch.long, device=device), []
     own_share, view = range(common.rank(), len(source), common.world_size()), partial(whole_image, source=source)
@@ -217,17 +219,17 @@ def evaluate(model, source, args, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             return model(batch["image"]).argmax(dim=1)
 
-    for batch, prediction in common.map_images(predict, source, view, own_share, 1, device, args.workers):
-        if batch["shown"] == batch["index"]:  # else another image stands in for one that cannot be decoded
-            counts += confusion(prediction, batch["label"], args.classes)
-        if len(examples) < 8 and common.rank() == 0:
-            pictures = batch["image"] / 255, paint(batch["label"]), paint(prediction)
-            examples.append([F.interpolate(x, (256, 256)) for x in pictures])
+    with common.evaluating(model):
+        for batch, prediction in common.map_images(predict, source, view, own_share, 1, device, args.workers):
+            if batch["shown"] == batch["index"]:  # else another image stands in for one that cannot be decoded
+                counts += confusion(prediction, batch["label"], args.classes)
+            if len(examples) < 8 and common.rank() == 0:
+                pictures = batch["image"] / 255, paint(batch["label"]), paint(prediction)
+                examples.append([F.interpolate(x, (256, 256)) for x in pictures])
     common.save_views(Path(args.out, "predictions.png"), *map(torch.cat, zip(*examples)))
     if common.world_size() > 1:
         dist.all_reduce(counts)
     torch.backends.cudnn.benchmark = True
-    model.train()
     return {"mIoU": iou(counts).nanmean().item(), "pixel_accuracy": (counts.trace() / counts.sum()).item()}
 
 
@@ -248,13 +250,13 @@ def arguments():
     add("--data", metavar="DIR", required=True,
         help="VOC2012, cityscapes, or train/ and val/ with images/ and labels/ in each")
     add("--classes", type=common.bounded(int, 2, 255),
-        help="the number of classes in the label maps (default: 21 of VOC, 19 of Cityscapes)")
+        help="the number of classes in the label maps (default: 21 for VOC, 19 for Cityscapes)")
     add("--size", type=common.bounded(int, 33),
         help="side of a training crop in pixels, best 16 n + 1; 769 on Cityscapes")
     add("--iterations", type=count, help="steps of the whole run, unless --epochs is given; 90000 on Cityscapes")
     add("--weight-decay", type=common.bounded(float, 0), help="of all parameters")
     add("--drops", type=common.bounded(float, 0, 1), nargs="+",
-        help="when the learning rate falls to a tenth, in shares of the run")
+        help="when the learning rate falls to a tenth, as fractions of the run")
     add("--eval-every", type=count, help="epochs between evaluations (default: one at the end)")
     args = parser.parse(lambda args: CITYSCAPES if data_layout(args.data)[0] == "cityscapes" else {})
     args.classes = args.classes or data_layout(args.data)[1]
@@ -303,7 +305,7 @@ def train():
             run.restart_clock()
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    run.summary(loss="per pixel, in nats", mIoU=f"of {len(val)} whole images, up to five last rows")
+    run.summary(loss="per pixel, in nats", mIoU=f"on {len(val)} whole images; mean of the last evaluations, up to five")
     common.finish()
 
 

@@ -11,7 +11,7 @@ def linear_svm(x, y, cost, start=None):
     """[D, K]: the weights w of K support vector machines, one for each column of y, found by L-BFGS from `start`.
 
     Each minimizes |w|^2 / 2 + sum_i C_i max(0, 1 - y_i w.x_i)^2. x: [N, D]; y: [N, K] of 1, -1, or 0 for a row that the
-    column leaves out; cost: C, a number or [K]; C_i is 2 C if y_i is 1, else C, as Goyal et al. weigh them.
+    column leaves out; cost: C, a number or [K]; C_i is 2 C if y_i is 1, else C, as Goyal et al. weight them.
     """
     weight = cost * torch.where(y > 0, 2.0, 1.0) * y.abs()                             # C_i: [N, K]
     w = x.new_zeros(x.shape[1], y.shape[1]) if start is None else start.clone()
@@ -54,7 +54,7 @@ def evaluate(x, y, x_val, y_val, single):
     """
     x, x_val = (F.pad(rows, (0, 1), value=1.0) for rows in (x, x_val))                 # the last column is the bias's
     y, y_val = y.to(x.dtype), y_val.to(x.dtype)
-    fold = torch.arange(len(y), device=x.device) % 3  # the images of a class follow each other
+    fold = torch.arange(len(y), device=x.device) % 3  # not thirds in order: images are sorted by class
     held = F.one_hot(fold, 3)[:, None]                                                 # [N, 1, 3]
     y_fit, y_held = ((y[:, :, None] * part).flatten(1) for part in (1 - held, held))   # [N, K * 3]
     w, quality, progress = None, [], common.Progress("SVMs", len(COSTS))

@@ -7,7 +7,7 @@ The configurations hold what Detectron2's own keys can say. This file adds what 
 detector, FCOS from a YAML file, DetCon's crops, a share of COCO (`coco_2017_train_5percent` in DATASETS.TRAIN), and an
 evaluator for each data set.
 
-Writes to OUTPUT_DIR. The same command with --resume goes on; with --eval-only it evaluates MODEL.WEIGHTS.
+Writes to OUTPUT_DIR. The same command with --resume continues the run; with --eval-only it evaluates MODEL.WEIGHTS.
 """
 import hashlib
 import re
@@ -75,8 +75,10 @@ def register_subset(name):
 
 
 def check_data(cfg):
-    """Exit with 2 if the files of a data set are missing."""
+    """Exit with 2 if Detectron2 does not know a data set, or its files are missing."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name not in DatasetCatalog.list():
+            common.fail(f"Detectron2 does not know the data set {name}")
         metadata = MetadataCatalog.get(name)
         for kind in ("json_file", "image_root", "dirname", "image_dir", "gt_dir"):
             path = metadata.get(kind, None)
@@ -210,7 +212,8 @@ def trainer_for(config_file, cfg):
     return DensePoseTrainer  # with its own loader and evaluator
 
 
-def main(args):
+def configure(args):
+    """(cfg, the class that trains it). Exits with 2 if data, weights or a package that it needs are missing."""
     for registry, part in ((ROI_HEADS_REGISTRY, Res5NormROIHeads), (META_ARCH_REGISTRY, FCOSFromConfig),
                            (BACKBONE_REGISTRY, build_fcos_resnet_fpn_backbone)):
         if part.__name__ not in registry:
@@ -224,6 +227,11 @@ def main(args):
     cfg.freeze()
     check_data(cfg)
     check_weights(cfg)
+    return cfg, trainer_class
+
+
+def main(args):
+    cfg, trainer_class = configure(args)
     mend_evaluators()
     default_setup(cfg, args)
     if args.eval_only:
@@ -242,6 +250,6 @@ if __name__ == "__main__":
     if not Path(arguments.config_file).is_file():
         common.fail(f"--config-file {arguments.config_file or '(none given)'} is not a file; "
                     "take one of transfer/configs")
-    trainer_for(arguments.config_file, get_cfg())  # a missing package is reported once, not by every process
+    configure(arguments)  # what is missing is reported once, not by every process
     launch(main, arguments.num_gpus, num_machines=arguments.num_machines, machine_rank=arguments.machine_rank,
            dist_url=arguments.dist_url, args=(arguments,))
