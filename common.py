@@ -1,4 +1,4 @@
-"""What the five methods share and none of the papers is about. Each section can be read on its own:
+"""What the five methods share, and what none of the papers is about. Each section can be read on its own:
 
     How a program ends          usage errors, signals, a full disk, no memory: one line each instead of a traceback
     Processes                   torchrun's processes, gathering, DistributedDataParallel, Shuffling BN
@@ -85,8 +85,8 @@ class Stop:
     """Ends the program on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP with nothing lost; exit code 128 + signal.
 
     While a run trains (`.holding`), a signal is only noted in `.signal`, and `Run.until_stopped` ends the run after the
-    step. Otherwise the program ends at once: what it has finished is on disk. A second signal always ends it at once,
-    except within 3 seconds of the first: torchrun passes on a signal that its processes may already have.
+    step. Otherwise the program ends at once: what it has finished is on disk. A second signal ends it at once,
+    unless it comes within 3 seconds of the first: torchrun passes on a signal that its processes may already have.
     """
 
     def __init__(self):
@@ -131,7 +131,7 @@ def ignore_signals(worker=None):
     """Make a child process ignore the signals that its parent handles.
 
     DataLoader calls this in a worker, with the worker's number. A worker ignores SIGTERM too, and ends with its parent
-    even if that is killed: the next run may write the same files.
+    even if the parent is killed, since the next run may write the same files.
     """
     if worker is not None:
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
@@ -154,11 +154,11 @@ def report_crash(kind, error, trace):
         chain.append(chain[-1].__context__)
     fault = next((x for x in chain if isinstance(x, OSError)), None)
     line, code = text.splitlines()[-1][:200], 1
-    if stop.signal:  # whatever the error, it comes of the other processes being gone
+    if stop.signal:  # whatever the error is, it comes from the other processes having ended
         line = (f"ended by {signal.Signals(stop.signal).name}: run the same command again to resume from the last "
                 "checkpoint")
         code = 128 + stop.signal
-    elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|llocate|Storage size", text):
+    elif isinstance(error, MemoryError) or re.search("out of memory|not enough memory|[Aa]llocate|Storage size", text):
         flags = "--batch-size, --size or --workers" if stop.holding else "--queue, --dim, --arch or --size"
         line, code = f"out of memory: lower {flags} ({line})", 2
     elif "DataLoader worker" in text:
@@ -214,7 +214,7 @@ def rendezvous():
 
 @contextmanager
 def exact_products():
-    """Context in which products of float32 matrices are exact. TF32's 10 bits do for training alone."""
+    """Context in which float32 matrices are multiplied in full float32. TF32's 10 bits suffice only for training."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -343,6 +343,7 @@ class Normalize(torch.autograd.Function):
         total = torch.stack(own)
         dist.all_reduce(total)
         scale = weight * torch.rsqrt(var + ctx.eps)
+        # dx = scale * (grad - mean(grad) - x_hat * mean(grad * x_hat)), with x_hat the normalized x
         slope, offset = -scale / count * total
         through_moments = F.batch_norm(x, mean, var, slope, offset, eps=ctx.eps)
         return through_moments.addcmul_(grad, scale.view(-1, *[1] * (x.ndim - 2))), *own, None, None, None, None
@@ -436,8 +437,8 @@ def resnet(arch, norm_layer=None, zero_init_residual=False):
 def roi_align(features, boxes, output_size, stride):
     """[N*K, C, S, S], image-major: each box pooled to output_size, half-pixel aligned as in Detectron2's ROIAlignV2.
 
-    features: [N, C, H, W] at `stride`; boxes: [N, K, 4] xyxy in pixels of the network's input. Under autocast too this
-    is computed in float32, since bf16 cannot tell pixel 256 from 257.
+    features: [N, C, H, W] at `stride`; boxes: [N, K, 4] xyxy in pixels of the network's input. It is computed in
+    float32 even under autocast, since bf16 cannot tell pixel 256 from 257.
     """
     x, = to_float32(features)
     image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])[:, None]
@@ -447,7 +448,7 @@ def roi_align(features, boxes, output_size, stride):
 
 
 def mlp(width, hidden, dim, bias=True):
-    """Linear, BN over all processes, ReLU, linear: a projector or predictor of SoCo and DetCon. bias: of the last."""
+    """Linear, BN over all processes, ReLU, linear: a projector or predictor of SoCo, DetCon. bias: the last one's."""
     return nn.Sequential(nn.Linear(width, hidden), SyncBatchNorm(hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, dim, bias))
 
@@ -473,10 +474,13 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def put(self, keys, count=None):
-        """Put in rows that are the same in all processes; with `count`, a tensor, the first `count`, which must fit."""
+        """Put in rows [N, dim] that are the same in all processes.
+
+        With `count`, a tensor, only the first `count` of them; N must then be at most the size of the queue.
+        """
         count = len(keys) if count is None else count
         size = len(self.keys)
-        place = torch.arange(len(keys), device=keys.device)[-size:]  # of more rows than fit, the last stay
+        place = torch.arange(len(keys), device=keys.device)[-size:]  # if there are more than fit, the last ones stay
         index = (self.position + place) % size
         self.keys[index] = torch.where((place < count)[:, None], keys[-size:].to(self.keys.dtype), self.keys[index])
         self.position.copy_((self.position + count) % size)
@@ -520,8 +524,8 @@ def momentum_update(target, online, m):
 class LARS(torch.optim.SGD):
     """SGD with momentum that scales each tensor's update by trust * ||weight|| / ||update|| (You et al. 2017).
 
-    Biases and norm parameters (ndim <= 1) get neither weight decay nor the scaling, as in SimCLR and BYOL. Nor is a
-    tensor scaled that had no part in the step: weight decay, scaled up, would wipe out what it does not train.
+    Biases and norm parameters (ndim <= 1) get neither weight decay nor the scaling, as in SimCLR and BYOL. A tensor
+    whose gradient is zero is not scaled either: scaled-up weight decay would wipe out what the step does not train.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
@@ -543,12 +547,6 @@ class LARS(torch.optim.SGD):
         super().step()
         for p, p_gradient in zip(params, gradients):
             p.grad = p_gradient
-
-    def load_state_dict(self, state_dict):
-        """Take the momentum of a run, but none of its hyperparameters: the first checkpoints had others than SGD's."""
-        groups = [{**own, "params": saved["params"]}
-                  for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)]
-        super().load_state_dict({**state_dict, "param_groups": groups})
 
 
 def cosine(start, end, step, total):
@@ -709,12 +707,12 @@ def decoding():
 
 
 def open_image(path):
-    """A PIL image, not decoded yet. If reading fails, as network file systems do, it is tried again after pauses."""
+    """A PIL image, not decoded yet. If reading fails, as on a network file system, it tries again after a pause."""
     for pause in (*PAUSES, None):
         try:
             return Image.open(io.BytesIO(Path(path).read_bytes()))
         except OSError as error:
-            if error.errno is None or pause is None:  # an error without a number is Pillow's: this is no image
+            if error.errno is None or pause is None:  # Pillow's errors have no number: this is not an image
                 raise
             time.sleep(pause)
 
@@ -727,12 +725,12 @@ class LazyImage:
 
     def __init__(self, pil, index):
         self.pil, self.index, self.file, self.scale = pil, index, getattr(pil, "fp", None), None
-        orientation = pil.getexif().get(0x0112)
+        orientation = 1 if pil.format == "TIFF" else pil.getexif().get(0x0112)  # Pillow turns a TIFF itself
         self.turn = TURNS.get(orientation)
         self.size = pil.size[::-1] if orientation in (5, 6, 7, 8) else pil.size
 
     def decode(self, scale=1.0):
-        """The upright PIL image, RGB. A JPEG comes at the smallest scale of its decoder that is at least `scale`."""
+        """The upright PIL image, RGB. A JPEG is decoded at its decoder's smallest scale that is at least `scale`."""
         scale = min(scale, 1.0)
         with decoding():
             if self.file and self.scale not in (None, scale):  # it has been decoded at another scale
@@ -746,7 +744,7 @@ class LazyImage:
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode == "P":           # Pillow takes a palette with transparency to RGB only by way of RGBA
                 image = image.convert("RGBA")
-            if image.mode != "RGB":         # Pillow would copy one that is
+            if image.mode != "RGB":         # convert would copy an RGB image
                 image = image.convert("RGB")
             return image if self.turn is None else image.transpose(self.turn)
 
@@ -761,7 +759,7 @@ class LazyImage:
         return np.asarray(self.decode(scale).resize(self.shrunk_size, Image.Resampling.BILINEAR))
 
     def crop(self, crops, sizes, resample=Image.Resampling.BILINEAR):
-        """RGB PIL images: each of `crops` (xyxy, pixels of the image) resized to a square of its size.
+        """RGB PIL images: each of `crops` (xyxy, pixels of the image) resized to a square whose side is in `sizes`.
 
         Call it once for all crops of an image. It decodes once, at the smallest scale that gives each crop its pixels,
         so that a 12-megapixel photograph costs little more than a small one.
@@ -922,8 +920,8 @@ class Shapes(ImageFolder):
     """Drawn scenes with boxes, masks and classes: the data of every demo and of the tests.
 
     A class has its own outline and pattern, as birds have feathers and cars have wheels. Colors, size, pose and ground
-    are random. Picture i of a seed is the same everywhere. `single`: one object on plainer ground, of class i modulo
-    the number of classes.
+    are random. Picture i of a seed is the same everywhere. `single`: picture i shows one object, of class i modulo
+    the number of classes, on plainer ground.
     """
 
     def __init__(self, count, size=64, seed=0, single=False):
@@ -1126,7 +1124,8 @@ DETECTRON2 = {
     "fpn.inner_blocks.{0}.0": "fpn_lateral{2}", "fpn.inner_blocks.{0}.1": "fpn_lateral{2}.norm",
     "fpn.layer_blocks.{0}.0": "fpn_output{2}", "fpn.layer_blocks.{0}.1": "fpn_output{2}.norm",
     "head.{0}.0": "box_head.conv{1}", "head.{0}.1": "box_head.conv{1}.norm", "head.5": "box_head.fc1"}
-LAYOUTS = {  # {a name that only this layout has: (what it is, its method, its table, {mark of a network: which it is})}
+# {a name in the file: (what it is, its method, its table, {mark of a network: which it is})}; the first found decides
+LAYOUTS = {
     "encoder_q.backbone.conv1.weight": ("ours", None, {"": "encoder{n}"}, {"_q": "online", "_k": "target"}),
     "online.backbone.conv1.weight": ("ours", None, {"": "{n}"}, {"online": "online", "target": "target"}),
     "encoder_q.fc.weight": ("MoCo v1 of the authors", "moco", MOCO, {"_q": "online", "_k": "target"}),
@@ -1140,7 +1139,7 @@ LAYOUTS = {  # {a name that only this layout has: (what it is, its method, its t
 
 
 def module_names(table, mark=""):
-    """{our module: theirs}: one of the tables above with all its counts filled in."""
+    """{our module: theirs}: one of the tables above with its counts filled in; no stage has more than 36 blocks."""
     return {ours.format(k, k + 1, k + 2, b=b, c=c): theirs.format(k, k + 1, k + 2, b=b, c=c, n=mark)
             for ours, theirs in table.items() for k, b, c in product(range(4), range(36), (1, 2, 3))}
 
@@ -1223,7 +1222,7 @@ def parts(tensors):
 def read_weights(path):
     """The Weights in a file of ours, of MoCo's, DetCo's or SoCo's authors, of torchvision's ResNet or of Detectron2.
 
-    Exits with 2 if it is none of these, or if its backbone is no ResNet that --arch can name.
+    Exits with 2 if it is none of these, or if its backbone is not a ResNet that --arch can name.
     """
     state = unpickled(path)
     model = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
@@ -1260,13 +1259,13 @@ def layout(path, state, model):
              "MoCo's, DetCo's and SoCo's authors")
     what, theirs, table, marks = LAYOUTS[known]
     places = {}
-    for mark, network in reversed(marks.items()):  # the online network last: it has what bears no mark, as a queue
+    for mark, network in reversed(marks.items()):  # the online network last: it gets what has no mark, as a queue
         places |= {there: (network, here) for here, there in module_names(table, mark).items()}
     return f"{method} of this project" if method else what, method or theirs, places
 
 
 def backbone_arch(path, arch, tensors):
-    """The --arch of tensors named backbone.*: `arch`, or if that is None, what their shapes tell.
+    """The --arch of tensors named backbone.*: `arch`, or if it is None, the one that their shapes imply.
 
     Exits with 2 if the tensors are not those of that network.
     """
@@ -1284,7 +1283,7 @@ def backbone_arch(path, arch, tensors):
     for name in wanted | shapes:
         here, there = (x.get(name, "missing") for x in (wanted, shapes))
         if here != there:
-            fail(f"{path} is no {arch}: {name} is {there} there, {here} in a {arch}")
+            fail(f"{path} is not a {arch}: {name} is {there} there, {here} in a {arch}")
     return arch
 
 
@@ -1351,7 +1350,7 @@ LOCKED = []  # files that stay open, since a lock ends when its file is closed
 def lock(folder, flag=""):
     """Make a folder, and keep other runs out of it until process 0 ends. Exits with 2 if another run is at work there.
 
-    A record lock ends with its process, however that ends; workers do not inherit it; it works on NFS.
+    A record lock ends with its process, however the process ends; workers do not inherit it; it works on NFS.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -1371,22 +1370,22 @@ def lock(folder, flag=""):
 
 
 def load(path):
-    """A checkpoint of ours, as a dict on the CPU. Exits with 2 if it is none."""
+    """A checkpoint of ours, as a dict on the CPU. Exits with 2 if it is not one."""
     state = unpickled(path)
     missing = {"model", "optimizer", "epoch", "step", "method", "settings", "generators"} - set(state)
     if missing:
-        fail(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+        fail(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
     return state
 
 
 def read_log(path):
-    """The rows of a log.jsonl, except a last line that a kill has cut short. Exits with 2 if it is none."""
+    """The rows of a log.jsonl, except a last line that a kill has cut short. Exits with 2 if it is not one."""
     try:
         rows = [json.loads(row) for row in Path(path).read_text().splitlines() if row.endswith("}")]
         if not all(isinstance(row["step"], int) for row in rows):
             raise ValueError("a step is not a number")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{path} is no log.jsonl of this project ({type(error).__name__}: {error}): mend or remove it")
+        fail(f"{path} is not a log.jsonl of this project ({type(error).__name__}: {error}): mend or remove it")
     return rows
 
 
@@ -1561,7 +1560,7 @@ class Run:
         return read_log(path) if path.exists() else []
 
     def summary(self, **hints):
-        """Print where the run ended: the mean of each named stat's last five rows, with a hint how to read it."""
+        """Print where the run ended: the mean of each named stat's last five rows, with a hint on how to read it."""
         rows, at_first = self.rows(), "at first" if self.args.init else "untrained"
         knns = [row["knn"] for row in rows if "knn" in row]
         stats = {name: [row[name] for row in rows if name in row][-5:] for name in hints}
@@ -1760,7 +1759,8 @@ def box_features(encode, source, images, size, device, workers=0):
         dist.all_gather_object(shares, own)
     found = [rows for share in shares for rows in share]
     features = {name: torch.cat([rows[name] for rows in found]).to(device) for name in found[0]}
-    return features, features.pop("classes")
+    classes = features.pop("classes")
+    return features, classes
 
 
 def ridge(x, y, x_val):
@@ -1849,7 +1849,7 @@ class Parser(argparse.ArgumentParser):
         add("--print-every", type=count, help="steps between lines of the log")
         add("--max-pixels", type=bounded(int, 1), default=ImageFolder.max_pixels,
             help="an image with more counts as one that cannot be decoded (default: %(default)s)")
-        add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on a GPU that has it, since Ampere)")
+        add("--amp", choices=["bf16", "off"], help="mixed precision (default: bf16 on GPUs since Ampere)")
         add("--tensorboard", action="store_true", help="write TensorBoard scalars too")
 
     def format_help(self):
@@ -1901,7 +1901,10 @@ def bounded(kind, low, high=1e9):
 
 
 def choose_bn_splits(args):
-    """Set args.bn_splits, the BN groups of one process, to 8, or less in a small batch. Exits with 2 if none fit."""
+    """If args.bn_splits is not given, set it to 8 BN groups a process, or fewer in a small batch.
+
+    Exits with 2 if the batch does not fall into equal groups.
+    """
     if args.bn_splits is None:
         fits = lambda groups: args.batch_size % groups == 0 and args.batch_size >= 4 * groups
         args.bn_splits = next(filter(fits, (8, 4, 2)), 1)

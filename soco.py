@@ -307,7 +307,7 @@ def save_proposals(path, source, boxes):
 
 
 def read_proposals(path, source):
-    """The Proposals in a file that `save_proposals` wrote. Exits with 2 if it is no such file, or of other images."""
+    """The Proposals in a file that `save_proposals` wrote. Exits with 2 if it is not one, or is of other images."""
     try:
         with np.load(path) as arrays:
             boxes, offsets, names = (arrays[name] for name in ("boxes", "offsets", "names"))
@@ -316,7 +316,7 @@ def read_proposals(path, source):
         sound &= (offsets.ndim == 1 and offsets.dtype.kind in "iu" and offsets[0] == 0 and offsets[-1] == len(boxes)
                   and (offsets[1:] >= offsets[:-1]).all())
     except Exception as error:  # a damaged file may raise anything
-        common.fail(f"--proposals {path} is no .npz of boxes, offsets and names ({' '.join(str(error).split())})")
+        common.fail(f"--proposals {path} is not an .npz of boxes, offsets and names ({' '.join(str(error).split())})")
     if not sound:
         common.fail(f"--proposals {path} is not sound: `boxes` must be real numbers, [M, 4], with x1 < x2 and y1 < y2, "
                     "and `offsets` whole numbers that rise from 0 to M")

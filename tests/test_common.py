@@ -253,25 +253,6 @@ def test_lars_does_not_wipe_out_a_weight_whose_gradient_is_zero():
     assert 0.98 < unused.min() < 1                                       # plain weight decay; scaled: 0.4
 
 
-def test_lars_goes_on_from_checkpoints_of_before_it_was_an_sgd():
-    def steps(optimizer, weight, count):
-        for _ in range(count):
-            weight.grad = weight.detach() ** 2
-            optimizer.step()
-
-    whole, first = nn.Parameter(torch.rand(3, 3)), nn.Parameter(torch.empty(3, 3))
-    first.data.copy_(whole.data)
-    lars = lambda weight: common.LARS([weight], lr=0.1, weight_decay=0.01)
-    steps(lars(whole), whole, 4)
-    steps(optimizer := lars(first), first, 2)
-    saved = optimizer.state_dict()
-    saved["param_groups"] = [dict(lr=0.1, momentum=0.9, weight_decay=0.01, trust=1e-3, params=[0])]
-    resumed = lars(first)
-    resumed.load_state_dict(saved)
-    steps(resumed, first, 2)
-    assert torch.equal(whole, first)
-
-
 def test_evaluating_gives_every_module_back_the_mode_it_had():
     net = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.BatchNorm1d(2)))
     with common.evaluating(net[1]):

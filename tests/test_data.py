@@ -76,9 +76,10 @@ def test_every_kind_of_file_comes_out_as_upright_rgb(tmp_path, photograph):
     gray16.save(tmp_path / "gray16.png")
     gray16.save(tmp_path / "gray16.tif")
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=98), turned.save(tmp_path / "turned.png", exif=exif)
+    turned.save(tmp_path / "turned.tif", exif=exif)
     (tmp_path / "bit.bmp").parent.mkdir(exist_ok=True), color.convert("1").save(tmp_path / "bit.bmp")
     folder = common.ImageFolder(tmp_path)
-    assert len(folder) == 11
+    assert len(folder) == 12
     for i in range(len(folder)):
         image, name = folder.image(i), folder.name(i)
         assert image.size == (90, 60), name

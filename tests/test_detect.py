@@ -395,7 +395,7 @@ def test_a_checkpoint_of_another_arch_is_refused(scenes, checkpoints, tmp_path, 
     del state["layer4.1.conv2.weight"]
     torch.save(state, tmp_path / "resnet.pth")
     assert run(monkeypatch, *arguments(scenes, tmp_path, init=tmp_path / "resnet.pth")) == 2
-    assert f"is no {ARCH}: layer4.1.conv2.weight is missing there" in capsys.readouterr().err
+    assert f"is not a {ARCH}: layer4.1.conv2.weight is missing there" in capsys.readouterr().err
 
 
 def test_without_pycocotools_it_says_what_to_install(scenes, tmp_path, monkeypatch, capsys):

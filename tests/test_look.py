@@ -308,7 +308,7 @@ def test_every_picture_can_be_drawn_and_is_the_same_again(command, data, tmp_pat
     ("attention --init random --arch resnet7", "unknown --arch"),
     ("neighbors --init {soco} --part nobody", "invalid choice"),
     ("attention --init {moco} --arch resnet18", "leave --arch out"),
-    ("proposals --data {data} --proposals nothing.npz", "is no .npz"),
+    ("proposals --data {data} --proposals nothing.npz", "is not an .npz"),
     ("proposals --data {data} --proposals truth", "drawn shapes"),
     ("masks --masks grid17", "nor a folder"),
     ("masks --data {data} --masks truth", "drawn shapes"),

@@ -470,10 +470,10 @@ def test_a_bad_proposals_file_is_refused_in_one_line_that_says_what_is_wrong(fol
     Path(tmp_path / "other", folder.name(3)).rename(tmp_path / "other" / "new.png")
     renamed = common.ImageFolder(tmp_path / "other").names
     cases = [
-        ("is no .npz", lambda: path.write_bytes(b"PK\3\4 no archive")),
-        ("is no .npz", lambda: path.write_bytes(b"")),
-        ("is no .npz", lambda: np.savez(path, boxes=good["boxes"])),
-        ("is no .npz", lambda: np.save(open(path, "wb"), good["boxes"])),
+        ("is not an .npz", lambda: path.write_bytes(b"PK\3\4 no archive")),
+        ("is not an .npz", lambda: path.write_bytes(b"")),
+        ("is not an .npz", lambda: np.savez(path, boxes=good["boxes"])),
+        ("is not an .npz", lambda: np.save(open(path, "wb"), good["boxes"])),
         ("of other images: number 5", lambda: np.savez(path, **{**good, "names": good["names"][:-1]})),
         ("of other images: number 5",
          lambda: np.savez(path, **{**good, "names": np.append(good["names"], np.uint8([65, 0]))})),

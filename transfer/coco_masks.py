@@ -44,7 +44,7 @@ def inside(polygon, size):
     center = np.arange(size[1]) + 0.5                                       # y of each row of pixels
     edge, row = np.nonzero((y[:, None] <= center) != ((y + dy)[:, None] <= center))  # which edge crosses which row
     cross = x[edge] + (center[row] - y[edge]) / dy[edge] * dx[edge]         # x of the crossing
-    first = np.ceil(cross - 0.5).clip(0, size[0]).astype(int)               # the first pixel with its center to the right
+    first = np.ceil(cross - 0.5).clip(0, size[0]).astype(int)               # the first pixel centered to its right
     crossings = np.zeros((size[1], size[0] + 1), int)
     np.add.at(crossings, (row, first), 1)
     return crossings.cumsum(axis=1)[:, :-1] % 2 == 1

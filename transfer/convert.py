@@ -107,7 +107,7 @@ def add_init(add, nargs=None):
 
 
 def initial(args, taken=("backbone",)):
-    """(the tensors of --init, by our names; the settings of the run that made them, if any). For random, both are empty.
+    """(the tensors of --init, by our names; the settings of the run that made them). For random, both are empty.
 
     Prints what the file is, which of its parts are `taken`, and which have no place. Fills in --arch; exits with 2 if
     --arch is given and the file has another. Sets args.init_checksum: the file's content, not its path, is a setting of
