@@ -3,7 +3,7 @@
 MoCo v2 with a contrast at every stage of the backbone, so that shallow features tell images apart too, and with three
 contrasts instead of one: whole view to whole view, nine small patches to nine patches, and patches to whole view.
 
-    python detco.py                                             shapes drawn on the fly, a few minutes on two cores
+    python detco.py                                             shapes drawn on the fly, a minute or two
     python detco.py --data DIR                                  your own images
     torchrun --nproc_per_node=8 detco.py --data /imagenet       as in the paper; --augment rand for DetCo+AA
     python detco.py --data DIR --no-local --epochs 100          stages alone, the paper's row (b) of Table 1
@@ -46,8 +46,9 @@ def jigsaw_sizes(size):
 def views(image, rng, size, min_area, augment="moco", magnitude=28, local=True):
     """Two global views, and two regions of nine patches each; every one is mirrored half of the time.
 
-    x_q and x_k: global views, uint8 [3, size, size]. With `local` also p_q and p_k: regions, uint8 [3, 255, 255] at
-    224; and at_q and at_k: [9, 2], the top-left corner (x, y) of each patch, one in each of the region's 3 x 3 cells.
+    x_q and x_k: global views (I_q and I_k), uint8 [3, size, size]. With `local` also p_q and p_k: regions that become
+    the patch sets P_q and P_k, uint8 [3, 255, 255] at 224; and at_q and at_k: [9, 2], the top-left corner (x, y) of
+    each patch, one in each of the region's 3 x 3 cells.
     """
     region, patch = jigsaw_sizes(size)
     names, areas, sizes = ["x_q", "x_k"], [(min_area, 1.0)] * 2, [size] * 2
@@ -69,8 +70,8 @@ def views(image, rng, size, min_area, augment="moco", magnitude=28, local=True):
 def color_augmentation():
     """MoCo v2's colors, for global views and regions alike.
 
-    A region is colored before it is divided (Sec. 3.3), so its patches share a draw. "Sharing the same parameters with
-    global augmentation" we read as the same distribution, not the same draw.
+    A region is colored before it is divided (Sec. 3.3), so its patches share a draw. We read "sharing the same
+    parameters with global augmentation" as the same distribution, not the same draw.
     """
     return common.Photometric(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5)
 
@@ -89,7 +90,8 @@ def patches(x, corners, side):
 class Encoder(nn.Module):
     """The backbone and, for each stage of weight > 0, an MLP head for the global view and one for the nine patches.
 
-    The hidden layer is as wide as c5 (2048) for every stage: "the same as MoCo v2, except for the input channel".
+    The hidden layer is as wide as c5 (2048) for every stage: "the same as MoCo v2, except for the input
+    channel" (Sec. 6.5).
     """
 
     def __init__(self, arch, weights, dim, bn_splits, local):
@@ -175,12 +177,12 @@ class DetCo(nn.Module):
         loss, self.new = 0, (k_g, k_l)
         for i, w in enumerate(self.w):
             queue_g = self.queue_global[i % len(self.queue_global)].keys
-            stage = common.info_nce(q_g[i], k_g[i], queue_g, self.temperature)            # Eq. 2
+            loss_i = common.info_nce(q_g[i], k_g[i], queue_g, self.temperature)           # Eq. 2
             if local:
                 queue_l = self.queue_local[i % len(self.queue_local)].keys
-                stage = stage + common.info_nce(q_l[i], k_g[i], queue_g, self.temperature)  # Eq. 4
-                stage = stage + common.info_nce(q_l[i], k_l[i], queue_l, self.temperature)  # Eq. 5
-            loss = loss + w * stage                                                       # Eq. 1; without patches Eq. 3
+                loss_i = loss_i + common.info_nce(q_l[i], k_g[i], queue_g, self.temperature)  # Eq. 4
+                loss_i = loss_i + common.info_nce(q_l[i], k_l[i], queue_l, self.temperature)  # Eq. 5
+            loss = loss + w * loss_i                                                      # Eq. 1; without patches Eq. 3
         stats = {"accuracy": common.pretext_accuracy(q_g[-1], k_g[-1], queue_g),
                  "positive": (q_g[-1].detach() * k_g[-1]).sum(dim=1).mean()}
         if local:
@@ -199,7 +201,7 @@ class DetCo(nn.Module):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def save_views(path, model, batch):
-    """Write views.png: both global views of a few images, and both sets of nine patches in their places."""
+    """Write views.png: both global views of a few images, and both sets of nine patches, each as a 3 x 3 grid."""
     columns = []
     for name in ("x_q", "x_k"):
         columns.append(common.denormalize(model.photometric(batch[name])[:8]))
@@ -221,18 +223,18 @@ def arguments():
         help="one global and one local queue for all stages (Table 16, with --no-local)")
     add("--augment", choices=["moco", "rand"],
         help="moco: MoCo v2's colors; rand: RandAugment before them, for DetCo+AA (\"Auto Augmentation\")")
-    add("--augment-magnitude", type=common.bounded(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
+    add("--augment-magnitude", type=common.bounded(int, 0, 30), help="magnitude of RandAugment, from 0 to 30")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
     add("--momentum", type=common.bounded(float, 0, 1), help="m, of the key network")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau")
     add("--dim", type=common.bounded(int, 1), help="length of a query or key")
-    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a global view")
+    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image that a global view shows")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--bn-splits", type=common.bounded(int, 1),
         help="BN groups in a single process (default: 8; fewer for a small batch); under torchrun: one per process")
     args = parser.parse()
     if not any(args.weights):
-        common.fail("--weights: one of the four must be above 0")
+        common.fail("--weights: at least one of the four must be above 0")
     common.choose_bn_splits(args)
     return args
 

@@ -87,7 +87,7 @@ def shares(mask, cells, hard=False):
 
     mask: uint8 [S, S], a label map; or uint8 [S, S, channels], one label map per channel, with region number
     256 * channel + label; or uint16 [S, S], 16 regions that may overlap, one per bit. hard, as in the released code:
-    within each label map, a cell belongs entirely to the region that covers most of it.
+    within each label map, a cell belongs entirely to the region with the largest share of it.
     """
     size = len(mask)
     labels = np.ascontiguousarray(mask).view(np.uint8).reshape(size, size, -1)            # 16 bits are two channels
@@ -133,8 +133,8 @@ def member(mask, k):
 class Colors(common.Photometric):
     """Photometric with the color jitter of BYOL's and DetCon's own code.
 
-    Brightness: u is added, if torchvision multiplies by 1 + u. Contrast: about the mean of each channel. Saturation:
-    HSV's, (max - min) / max over a pixel's channels, which cannot exceed 1.
+    Brightness: an offset u is added; torchvision multiplies by 1 + u. Contrast: about the mean of each channel.
+    Saturation: HSV's, (max - min) / max over a pixel's channels, which cannot exceed 1.
     """
 
     @staticmethod
@@ -185,7 +185,8 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
 
     pred1, pred2, target1, target2: [N, M, D] of this process's N images, not normalized; S passes its projections as
     predictions and as targets, and trains through both. ids1, ids2: [N, M], equal if two draws are of one region.
-    gather: rows meet the targets of all processes, [N*M, 2 * world*N*M] similarities; else those of these N images.
+    gather: contrast with the targets of all processes, [N*M, 2 * world*N*M] similarities; if not, only with those of
+    these N images.
     """
     with torch.autocast(pred1.device.type, enabled=False):
         pred1, pred2, target1, target2 = (F.normalize(x, dim=2)
@@ -202,8 +203,8 @@ def one_way(pred, other, own, ids, other_ids, mine):
     """Eq. 3 from one view's predictions [N, M, D] to the targets of the `other` and of its `own` view [world*N, M, D].
 
     mine: [N], which rows of the targets belong to these images. The denominator of Eq. 1 has every target of the other
-    view (so has the released code; the paper has one positive), and every target of the own view but those of the same
-    region.
+    view (as in the released code; the paper has one positive), and every target of the same view except those of the
+    same region.
     """
     n, m, _ = pred.shape
     image = torch.arange(n, device=pred.device)
@@ -215,7 +216,7 @@ def one_way(pred, other, own, ids, other_ids, mine):
     paired = (ids[:, :, None] == other_ids[:, None]).float()                              # the indicator of Eq. 3
     count = paired.sum(dim=2)
     positive = (across[image, :, mine] * paired).sum(dim=2) / count.clamp(min=1)
-    loss = all_targets - positive                                                         # Eq. 1, 2: over positives
+    loss = all_targets - positive                                                         # Eq. 1, its mean by Eq. 2
     return (loss * (count > 0) / same.sum(dim=2)).mean()                                  # Eq. 3, each region once, / M
 
 
@@ -324,8 +325,8 @@ def mask_path(folder, source, i):
 def read_mask(image, folder, source):
     """The masks of an image, from its PNG.
 
-    8-bit gray or palette: a label map; RGB: three label maps; 16-bit gray: up to 16 masks that may overlap, one a bit.
-    The PNG has the size of the image, or its `shrunk_size`.
+    8-bit gray or palette: a label map; RGB: three label maps; 16-bit gray: up to 16 masks that may overlap, one per
+    bit. The PNG has the size of the image, or its `shrunk_size`.
     """
     path = mask_path(folder, source, image.index)
     if not path.exists():
@@ -335,7 +336,7 @@ def read_mask(image, folder, source):
     if mask.dtype == np.int32 and mask.max() < 65536:
         mask = mask.astype(np.uint16)  # how some versions of Pillow read 16-bit gray
     if (mask.dtype, mask.shape[2:]) not in ((np.uint8, ()), (np.uint8, (3,)), (np.uint16, ()), (bool, ())):
-        raise common.Unreadable(f"mask {path} is neither 8-bit labels, 256 at most, nor 16 bits with a mask each")
+        raise common.Unreadable(f"mask {path} is neither 8-bit (labels) nor 16-bit gray (one mask per bit)")
     if mask.shape[1::-1] not in (image.size, image.shrunk_size):
         width, height = image.size
         raise common.Unreadable(f"mask {path} is {mask.shape[1]} x {mask.shape[0]}, its image {width} x {height}")
@@ -346,7 +347,7 @@ GRIDS = {f"grid{n}": n for n in range(1, 17)}  # n x n squares (Figure 3); a lab
 
 
 def open_masks(args, source, device):
-    """(masks(image), what they are): those that --masks asks for, made if they are missing."""
+    """(masks(image), a text that identifies them) for --masks. Segments that are missing are made first."""
     if args.masks in GRIDS:
         n = GRIDS[args.masks]
         squares = np.arange(n * n).astype(np.uint8).reshape(n, n)
@@ -362,6 +363,7 @@ def open_masks(args, source, device):
         make_masks(folder, source, args.fh_scale, device)
     elif not Path(folder).is_dir():
         common.fail(f"--masks {folder}: no such folder; take fh, grid1 to grid16, or a folder of masks")
+    # The content of 16 masks tells these from others.
     some = [mask_path(folder, source, len(source) * k // 16) for k in range(16)]
     content = zlib.crc32(b"".join(path.read_bytes() for path in some if path.is_file()))
     return partial(read_mask, folder=folder, source=source), f"masks {content:08x}"
@@ -400,8 +402,9 @@ def arguments():
     add("--prepare", action="store_true", help="make the masks and stop")
     add("--num-masks", type=common.bounded(int, 1), help="M, the masks of a view in a step")
     add("--mask-pooling", choices=["soft", "hard", "sample"], help="soft: weigh each cell by the mask's share of it; "
-        "hard: only cells that the mask has most of, as in the released code; sample: one random cell (Sec. 4.4)")
-    add("--views", type=int, choices=[1, 2], help="1: pairs of masks within one view (Table 5 b; with sample)")
+        "hard: only cells of which it has the largest share, as in the released code; sample: a random cell (Sec. 4.4)")
+    add("--views", type=int, choices=[1, 2],
+        help="1: pairs of masks within one view (Table 5 b, with --negatives 32 --mask-pooling sample)")
     add("--negatives", type=common.bounded(int, 1), metavar="N",
         help="contrast N images at a time (Table 5 a: 32; default: the whole batch)")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau")
@@ -427,7 +430,7 @@ def arguments():
     if args.negatives and images % args.negatives:
         common.fail(f"--negatives {args.negatives} does not divide the {images} images of a process")
     if args.prepare and args.masks != "fh":
-        common.fail(f"--prepare has nothing to make: --masks {args.masks} needs nothing made")
+        common.fail(f"--prepare has nothing to make: --masks {args.masks} needs no preparation")
     if len(args.fh_scale) not in (1, 3):
         common.fail("--fh-scale takes one scale or three, the channels of an RGB PNG")
     return args
@@ -437,7 +440,7 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args, single=False)
-    masks, args.masks = open_masks(args, source, device)
+    masks, args.masks = open_masks(args, source, device)  # now args.masks identifies them, wherever they lie
     if args.prepare:
         return common.finish()
     common.seed_everything(args.seed)
@@ -457,7 +460,7 @@ def main():
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch, source, make_views, args.seed)
-        common.seed_everything(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch),
                                   drops=(0.96, 0.98) if args.schedule == "steps" else None)

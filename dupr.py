@@ -4,7 +4,7 @@ MoCo v2 at every stage of the backbone, and a second contrast between patches: t
 share is divided into an S x S grid in both, and the feature of a patch must find the feature of the same patch in the
 other view, among patches of other images. Features then tell places apart, which detection needs.
 
-    python dupr.py                                              shapes drawn on the fly, a few minutes on two cores
+    python dupr.py                                              shapes drawn on the fly, a minute or two
     python dupr.py --data DIR                                   your own images
     torchrun --nproc_per_node=8 dupr.py --data /imagenet        as in the paper's main experiments
     python dupr.py --data DIR --augment moco                    as in its ablations: no RandAugment, temperature 0.2
@@ -46,7 +46,7 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
     """Two random crops, each mirrored half of the time, and the box that they share. q and k are the paper's 1 and 2.
 
     x_q and x_k: views, uint8 [3, size, size]; flip_q and flip_k: whether each is mirrored; overlap: whether the crops
-    intersect; box_q and box_k: [1, 4], the intersection in xyxy pixels of each view, or the whole view without overlap.
+    intersect; box_q and box_k: [1, 4], the intersection in xyxy pixels of each view (the whole view if they do not).
     """
     r1, r2 = (common.random_crop(image.size, (min_area, 1.0), rng) for _ in range(2))                # Eq. 3
     b = max(r1[0], r2[0]), max(r1[1], r2[1]), min(r1[2], r2[2]), min(r1[3], r2[3])                   # Eq. 4
@@ -67,7 +67,10 @@ def two_views(image, rng, size, min_area, augment="moco", magnitude=28):
 
 
 class ColorRandAugment(RandAugment):
-    """torchvision's RandAugment without the operations that move pixels, and so patches."""
+    """torchvision's RandAugment without the operations that move pixels, since they would move patches too.
+
+    The paper does not leave them out (Sec. 3.2.3); --augment rand-moves keeps them.
+    """
 
     def _augmentation_space(self, *args):
         space = super()._augmentation_space(*args)
@@ -85,8 +88,8 @@ class Encoder(nn.Module):
     """The backbone and two kinds of heads: h, an MLP for the pooled features of each level with alpha > 0; g, an MLP of
     1x1 convolutions for the patches of each level with beta > 0.
 
-    The hidden layers are as wide as c5 (2048) at every level: the paper gives no width, and this is MoCo v2's. Its
-    "pixel-wise MLP [...] implemented by a 1x1 convolution" (Sec. 3.2.1) we take to be two of them, like h.
+    The hidden layers are as wide as c5 (2048) at every level: the paper gives no width, and this is MoCo v2's. We
+    take its "pixel-wise MLP [...] implemented by a 1x1 convolution" (Sec. 3.2.1) to be two of them, like h.
     """
 
     def __init__(self, arch, alpha, beta, dim, bn_splits, roi_size=None):
@@ -177,8 +180,8 @@ class DUPR(nn.Module):
 def sample_patches(k, overlap, count):
     """Draws `count` patches from the overlapping pairs of the global batch: (keys [count, D], how many are valid).
 
-    k: [N, P, D] of this process; overlap: [N] bool. All processes draw the same. If the pairs have fewer patches than
-    `count`, only the first rows are valid; the others are from pairs that do not overlap, and keep the shape fixed.
+    k: [N, P, D] of this process; overlap: [N] bool. All processes get the same rows. If the pairs have fewer patches
+    than `count`, only the first rows are valid; the others are from pairs that do not overlap, and keep the shape fixed.
     """
     score = torch.rand(k.shape[:2], device=k.device) + overlap[:, None]  # 1 or more for those to draw from
     score, mine = score.flatten().topk(min(count, score.numel()))
@@ -222,7 +225,8 @@ class InfoNCEInParts(torch.autograd.Function):
             own, others = (positive - top).exp(), logits.sub_(top[:, None]).exp_()
             total = own + others.sum(dim=1)
             mean_key = (own[:, None] * k + others @ negatives) / total[:, None]           # weighted by the softmax
-            return total.log() + top - positive, positive > nearest, (mean_key - k) / temperature
+            gradient = (mean_key - k) / temperature                                       # of the loss, for q
+            return total.log() + top - positive, positive > nearest, gradient
 
         n = max(1, PART // len(negatives))
         with torch.autocast(q.device.type, enabled=False):                                # see common.info_nce
@@ -279,7 +283,7 @@ def arguments():
     add("--augment", choices=["rand", "rand-moves", "moco"],
         help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of its operations, "
              "which move patches; moco: MoCo v2's alone")
-    add("--augment-magnitude", type=common.bounded(int, 0, 30), help="strength of RandAugment, of torchvision's 30")
+    add("--augment-magnitude", type=common.bounded(int, 0, 30), help="magnitude of RandAugment, from 0 to 30")
     add("--roi-size", type=common.bounded(int, 1),
         help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
@@ -288,7 +292,7 @@ def arguments():
     add("--momentum", type=common.bounded(float, 0, 1), help="of the key network")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau; 0.2 with --augment moco")
     add("--dim", type=common.bounded(int, 1), help="length of a query or key")
-    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
+    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image that a crop shows")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--bn-splits", type=common.bounded(int, 1),
         help="BN groups in a single process (default: 8; fewer for a small batch); under torchrun: one per process")
@@ -298,7 +302,7 @@ def arguments():
 
     args = parser.parse(variant)
     if not any(args.alpha + args.beta):
-        common.fail("--alpha and --beta: one of the eight must be above 0")
+        common.fail("--alpha and --beta: at least one of the eight must be above 0")
     common.choose_bn_splits(args)
     return args
 

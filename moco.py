@@ -2,12 +2,13 @@
 
 Contrastive learning is dictionary look-up: a query, one view of an image, must find its key, another view of the same
 image, among many keys of other images. MoCo makes the dictionary large by keeping the keys of past batches in a queue,
-and consistent by encoding them with a network that follows the query network slowly.
+and consistent by encoding them with a network that follows the query network slowly. Version 2, the default (Chen et
+al. 2020), adds an MLP head, blur, a cosine schedule and a temperature of 0.2. Sections and equations are version 1's.
 
-    python moco.py                                                  shapes drawn on the fly, a few minutes on two cores
+    python moco.py                                                  shapes drawn on the fly, a minute or two
     python moco.py --data DIR                                       your own images, version 2
-    torchrun --nproc_per_node=8 moco.py --data /imagenet            version 2; --version 1 for this paper's
-    python moco.py --data DIR --mechanism bank                      or batch: the other dictionaries of Figure 2
+    torchrun --nproc_per_node=8 moco.py --data /imagenet            version 2; --version 1: He et al.
+    python moco.py --data DIR --mechanism bank|batch                the other dictionaries of Figure 2
 
 Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt,
 `model` holds the backbone: `encoder_q.backbone.`, followed by torchvision's names for a ResNet.
@@ -133,10 +134,11 @@ class MoCo(nn.Module):
         return loss, {"accuracy": hit.float().mean(), "positive": positive.mean()}
 
     def look_up(self, index):
-        """Bank entries of the images `index` [N], and of K others drawn at random, none of this process's batch."""
+        """Bank entries of the images `index` [N], and of K others drawn at random, none from this process's batch."""
         others = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
         # Draw j stands for the j-th image outside the batch: image j plus the number of batch images before it.
-        # before[i] counts the images outside the batch that precede its i-th image; cummax, as one may be there twice.
+        # before[i]: how many images outside the batch precede the batch's i-th smallest index. cummax: an index may
+        # come twice, if its image took the place of an unreadable one.
         before = index.sort().values - torch.arange(len(index), device=index.device)
         others += torch.searchsorted(before.cummax(dim=0).values, others, right=True)
         return self.bank[index], self.bank[others]
@@ -158,7 +160,7 @@ INSTAGRAM_STEPS = 62500  # steps between drops of the rate in the run on Instagr
 
 
 def learning_rate(args, step, total, warmup):
-    """The learning rate of a step by --schedule, after `warmup` steps in which it rises from 0."""
+    """The learning rate of a step under --schedule. In the first `warmup` steps it rises from 0."""
     base = args.lr * args.batch_size / PAPER["batch_size"]
     if args.schedule == "instagram":
         base, total = base * 0.9 ** (step // INSTAGRAM_STEPS), math.inf  # an endless cosine stays at base
@@ -180,10 +182,11 @@ def arguments():
              "instagram: times 0.9 every 62500 steps")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in the queue (or drawn from the bank)")
-    add("--momentum", type=common.bounded(float, 0, 1), help="m of Eq. 2; for the bank, of its features (0.5 there)")
+    add("--momentum", type=common.bounded(float, 0, 1),
+        help="m of Eq. 2; with --mechanism bank, the weight of an entry's old features (0.5 there)")
     add("--temperature", type=common.bounded(float, 1e-3), help="tau of Eq. 1; 0.07 in version 1")
     add("--dim", type=common.bounded(int, 1), help="length of a query or key")
-    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image in a crop")
+    add("--min-area", type=common.bounded(float, 1e-3, 1), help="smallest share of the image that a crop shows")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
     add("--bn-splits", type=common.bounded(int, 1),
         help="BN groups in a single process (default: 8; fewer for a small batch); under torchrun: one per process")

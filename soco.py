@@ -2,12 +2,12 @@
 
 Every object proposal of an image is an instance of its own: its features in one view, pooled by RoIAlign, must predict
 its features in another view, where it lies elsewhere and is larger or smaller. All parts of a detector are pre-trained:
-backbone, feature pyramid and box head.
+backbone, feature pyramid and box head; for a C4 detector the backbone alone, whose last stage is the box head.
 
-    python soco.py                                              shapes drawn on the fly, SoCo-C4, a minute or two
+    python soco.py                                              SoCo-C4 on shapes drawn on the fly, a minute or two
     python soco.py --data DIR                                   your own images; proposals by selective search
     torchrun --nproc_per_node=8 soco.py --data /imagenet        as in the paper
-    python soco.py --data DIR --detector c4                     for detectors without FPN
+    python soco.py --data DIR --detector c4                     SoCo-C4, for detectors without FPN
     python soco.py --data DIR --views 4                         SoCo*, with a fourth view
 
 Writes last.pt, log.jsonl, views.png and the proposals that it makes (proposals.npz) to --out; run the same command
@@ -42,7 +42,7 @@ PAPER = dict(  # on ImageNet; lr is for batch_size: 1.0 per 256
 C4 = dict(views=2)  # Sec. 3.3: V3 is discarded
 WHOLE = dict(detector="c4", views=2, num_proposals=1, jitter=0)  # Table 4, first row: the image is the one object
 
-DEMO = dict(  # SoCo-C4, since FPN's box head takes several times as long to learn as much
+DEMO = dict(  # SoCo-C4: with FPN and its box head, learning as much takes several times as long
     arch="resnet18w0.25", size=48, epochs=1, batch_size=16, lr=256.0, warmup=0.5, print_every=64, proposals="truth",
     detector="c4", num_proposals=1, hidden=512)  # lr is 2.0 at 16; the paper's rate is too low for 512 steps
 
@@ -98,7 +98,8 @@ def jitter(boxes, p, rng):
 def color_augmentation(view, size):
     """BYOL's colors: those of its first view for V1, and those of its second for the others.
 
-    size: of V1, in pixels. At 224, the sigma of blur is 0.1 to 2 pixels.
+    size: of V1, in pixels. At 224, the sigma of blur is 0.1 to 2 pixels. Brightness, contrast and saturation are
+    torchvision's; detcon.Colors has those of BYOL's own code.
     """
     blur_p, solarize_p = (1.0, 0.0) if view == 1 else (0.1, 0.2)
     return common.Photometric(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=blur_p, solarize_p=solarize_p,
@@ -135,8 +136,8 @@ class ObjectEncoder(nn.Module):
 
     detector: "fpn" is the backbone, pyramid and box head of Mask R-CNN, with SyncBatchNorm in all of them; "c4" pools
     from c4, and layer4 is the head. The sizes of RoIs and of the box head (four convolutions and a linear layer) are
-    Detectron2's: the paper gives none. size: of V1, in pixels. For Table 4: without `head`, the pooled features are
-    averaged; without `levels`, a box is pooled on every level and the results are added.
+    those of Detectron2's Mask R-CNN with BN: the paper gives none. size: of V1, in pixels. For Table 4: without `head`,
+    the pooled features are averaged; without `levels`, a box is pooled on every level and the results are added.
     """
 
     def __init__(self, arch, detector, size, hidden, dim, head=True, levels=True):
@@ -169,8 +170,8 @@ class ObjectEncoder(nn.Module):
     def pool(self, stages, boxes):
         """The features of boxes by every part, to probe it: {"c2": [n, D], ..., "c5", "pyramid", "head"}.
 
-        stages: c2 to c5 of N square images; boxes: a list of [k, 4], one an image, in its pixels, n in all. The encoder
-        must be in eval mode.
+        stages: c2 to c5 of N square images; boxes: a list of [k, 4], one per image, in its pixels, n boxes in all.
+        The encoder must be in eval mode.
         """
         rows = common.pool_stages(stages, boxes)
         if self.detector == "fpn":
@@ -221,12 +222,12 @@ class SoCo(nn.Module):
 def selective_search(image, space="HSV", scale=500, min_size=10):
     """Boxes by selective search, [n, 4] xyxy in pixels of the image. A.1: scale 500, sigma 0.9 and min_size 10.
 
-    The paper does not name the color space or the number of strategies: we take HSV and one. The image is first shrunk
+    The paper does not name the color space or the number of strategies: we use one, in HSV. The image is first shrunk
     to at most 500 pixels on its longer side, about the size of ImageNet's, since more pixels are not more objects.
     """
     import cv2
     from cv2 import ximgproc
-    cv2.setNumThreads(1)  # every core has an image of its own
+    cv2.setNumThreads(1)  # the other cores have images of their own
     pixels = image.shrunk()
     search = ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.addImage(pixels if space == "RGB" else cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV))
@@ -286,7 +287,7 @@ def make_proposals(path, source, device):
 
 
 def find_objects(source, i):
-    """What selective search finds in image i: [n, 4] float32; no box if it cannot be decoded."""
+    """The boxes of selective search in image i, filtered: [n, 4] float32; none if the image cannot be decoded."""
     try:
         image = source.image(i)
         return filter_proposals(selective_search(image), image.size).astype(np.float32)
@@ -345,7 +346,7 @@ class Proposals:
 
 
 def open_proposals(args, source, device):
-    """(proposals(image, rng), what they are), by --proposals: of a file, made if it is missing, or drawn."""
+    """(proposals(image, rng), a text that identifies them) for --proposals. A file that is missing is made first."""
     if args.proposals == "random":
         return lambda image, rng: random_boxes(image.size, 100, rng), "random"  # 100, so that some are inside V2
     if args.proposals == "whole":
@@ -378,7 +379,7 @@ def draw_boxes(picture, boxes, labels, side):
 
 
 def save_views(path, model, batch):
-    """Write views.png: the views of a few images side by side. A proposal has one color in all, and shows its level."""
+    """Write views.png: the views of a few images side by side. A proposal has one color in all; FPN's show levels."""
     columns, size = [], model.online.size
     for i, colors in enumerate(model.photometric, start=1):
         views, boxes = common.denormalize(colors(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
@@ -413,7 +414,8 @@ def arguments():
              "with --detector c4) (default: OUT/proposals.npz; demo: the drawn objects' true boxes)")
     add("--prepare", action="store_true", help="make the proposals and a picture of some, and stop")
     add("--detector", choices=["fpn", "c4"], help="the detector to pre-train")
-    add("--views", type=int, choices=[2, 3, 4], help="3: V1, V2, V3; 4: SoCo*; 2: no V3, as with --detector c4")
+    add("--views", type=int, choices=[2, 3, 4],
+        help="3: V1, V2, V3; 4: SoCo*; 2: no V3 (default: 3; with --detector c4: 2)")
     add("--no-head", action="store_true", help="FPN without the box head (Table 4)")
     add("--no-levels", action="store_true", help="FPN whose boxes are pooled on all levels (Table 4)")
     add("--small-size", type=common.bounded(int, 16), help="side of V3 in pixels (default: half of --size)")
@@ -439,14 +441,17 @@ def arguments():
     if args.proposals == "truth" and args.data is not None:
         common.fail("--proposals truth is for the drawn shapes: images of your own have no boxes yet")
     if args.proposals not in ("truth", "random", "whole") and not args.proposals.endswith(".npz"):
-        common.fail(f"--proposals {args.proposals}: take a file that ends in .npz, random or whole")
+        common.fail(f"--proposals {args.proposals}: take random, whole, or a file that ends in .npz")
     if args.prepare and args.proposals in ("truth", "random", "whole"):
         common.fail(f"--prepare has nothing to make: --proposals {args.proposals} needs no file")
     return args
 
 
 def evaluate(run, encoder, pair, device):
-    """Write the accuracies of kNN on c4 and, of drawn shapes, of the object probe on every part of the encoder."""
+    """Write the accuracy of kNN on c4 and, for drawn shapes, that of the object probe on every part of the encoder.
+
+    We take c4 because C4 pools boxes from it, and because with FPN c5 is a weak stage (Table 11).
+    """
     with common.evaluating(encoder):
         run.monitor(encoder.backbone, pair, device, stage=4, pool=encoder.pool)
 
@@ -462,6 +467,7 @@ def main():
     optimizer = common.LARS([*model.online.parameters(), *model.predictor.parameters()], lr=0.0, momentum=0.9,
                             weight_decay=1e-5)
     file = Path(args.proposals)
+    # From here on, args.proposals identifies the boxes themselves: a resumed run must have the same, wherever they lie.
     proposals, args.proposals = open_proposals(args, source, device)
     if args.prepare:
         if common.rank() == 0:
@@ -481,7 +487,7 @@ def main():
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())
+        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr
