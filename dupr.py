@@ -181,7 +181,7 @@ def sample_patches(k, overlap, count):
     """Draws `count` patches from the overlapping pairs of the global batch: (keys [count, D], how many are valid).
 
     k: [N, P, D] of this process; overlap: [N] bool. All processes get the same rows. If the pairs have fewer patches
-    than `count`, only the first rows are valid; the others are from pairs that do not overlap, and keep the shape fixed.
+    than `count`, only the first rows are valid; the others, from pairs that do not overlap, keep the shape fixed.
     """
     score = torch.rand(k.shape[:2], device=k.device) + overlap[:, None]  # 1 or more for those to draw from
     score, mine = score.flatten().topk(min(count, score.numel()))
