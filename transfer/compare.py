@@ -420,7 +420,7 @@ def main():
     args.several_classes, args.images = len(annotated.classes) > 1, len(common.open_folder(args.data))
     args.labels = share_labels(args.train[1], annotated.ids, args.shares, max(args.seeds, args.draws), args.out)
     methods = [*convert.UNTRAINED, *args.methods, *args.files, *["supervised"] * args.several_classes]
-    networks = [(method, seed) for seed in range(args.seeds) for method in methods]
+    networks = [(method, seed) for seed in range(args.seeds) for method in reversed(methods)]  # the longest first
     work_on(args, [(method, seed) for method, seed in networks if method != "supervised" or not seed])  # one is enough
     print(report(args, methods))
     print(f"each method saw {args.epochs * args.images} images with each of {args.seeds} seeds (mean ± standard "
