@@ -1,6 +1,6 @@
 """Which method for my images? Pre-trains all five alike on a folder, then probes and fine-tunes each the same way.
 
-    python transfer/compare.py                                         drawn shapes, an hour or more on two cores
+    python transfer/compare.py                                         drawn shapes, about an hour on two cores
     python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128
     python transfer/compare.py --methods moco soco --seeds 1 ...       some of it
     python transfer/compare.py --add soco "--proposals boxes.npz" ...  flags for one of the scripts
@@ -367,8 +367,8 @@ def arguments():
         help="side of a view in pixels (default: 48); probes and detectors get images about 800 / 224 times as large")
     add("--epochs", type=count, default=8, help="passes over --data (default: 8)")
     add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
-    add("--steps", type=common.bounded(int, 0), default=400,
-        help="to fine-tune a detector, 8 images each, rounded to whole epochs (default: 400; 0: no detectors)")
+    add("--steps", type=common.bounded(int, 0), default=300,
+        help="to fine-tune a detector, 8 images each, rounded to whole epochs (default: 300; 0: no detectors)")
     add("--backbones", nargs="+", choices=["tuned", "frozen"], default=["tuned", "frozen"],
         help="whether a detector trains the backbone too, or takes it as it is, as in DetCon Sec. 4.3 (default: both)")
     add("--shares", type=common.bounded(float, 1e-6, 1), nargs="+", default=[0.1],

@@ -99,7 +99,7 @@ def open_proposals(args, source, device):
     if kind == "search":
         common.need_opencv("--proposals search", "--proposals random")
         return lambda image, rng: soco.find_objects(source, image.index)
-    if kind in ("random", "truth"):
+    if kind in ("random", "truth", "whole"):
         return soco.open_proposals(argparse.Namespace(proposals=kind), source, device)[0]
     return soco.read_proposals(kind, source)
 
@@ -434,9 +434,10 @@ def arguments():
     add("--min-area", type=common.bounded(float, 1e-3, 1), default=0.2,
         help="least share of the image in a view (default: 0.2)")
     add = command(iou, images=1000, stage=4, times=1, shapes=1000, otherwise="random")
-    add("--proposals", metavar="FILE.npz|search|random", help="the objects (default: random; shapes: their own boxes)")
+    add("--proposals", metavar="FILE.npz|search|random|whole",
+        help="the objects (default: random; shapes: their own boxes)")
     add = command(proposals, shapes=64, otherwise="search")
-    add("--proposals", metavar="FILE.npz|search|random",
+    add("--proposals", metavar="FILE.npz|search|random|whole",
         help="as soco.py's; a file's number and sizes are drawn too (default: search; shapes: their own boxes)")
     add("--views", type=int, choices=[2, 3, 4], default=3, help="how many (default: 3)")
     add("--num-proposals", type=count, default=4, help="boxes of a view (default: 4)")
