@@ -9,6 +9,7 @@
 Machines are noisy: quote the ratios, with the command.
 """
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -473,9 +474,13 @@ PER_GPU = {"moco": 256, "detco": 128, "dupr": 128, "soco": 128, "detcon_s": 128,
 
 
 def count(args, folder):
-    """What a step asks of a GPU, without one: waits of the host, launches, memory traffic, memory at the peak."""
-    for name, images in PER_GPU.items():
-        for world in (1, 8):
+    """What a step asks of a GPU, without one: waits of the host, launches, memory traffic, memory at the peak.
+
+    Alone with the images of PER_GPU, and as one of 8 processes that share the paper's batch.
+    """
+    for name in PER_GPU:
+        paper = importlib.import_module(name.split("_")[0]).PAPER["batch_size"]
+        for world, images in ((1, PER_GPU[name]), (8, paper // 8)):
             ledger = fake_gpu.counted(name, world, "resnet50", 224, images)
             print(f"count: {name}, {images} images, one of {world} processes: {len(ledger.waits)} waits, "
                   f"{ledger.launches} launches, {ledger.bytes / 2**30:.1f} GB moved, "
