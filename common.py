@@ -1,4 +1,4 @@
-"""What the five methods share, and what none of the papers is about. Each section can be read on its own:
+"""What the five methods share but none of the papers is about. Each section can be read on its own:
 
     How a program ends          usage errors, signals, a full disk, no memory: one line each instead of a traceback
     Processes                   torchrun's processes, gathering, DistributedDataParallel, Shuffling BN
