@@ -10,8 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:        # the tests share the cores already
-    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"            # as in the processes of `fork`, whose results are compared bit for bit
 
 import numpy as np
 import pytest

@@ -101,6 +101,7 @@ def test_only_the_log_waits_and_once():
 
 
 @pytest.mark.parametrize("name", METHODS)
+@in_a_child
 def test_compiled_a_model_is_one_graph_and_gives_the_same_loss(name):
     model, _ = fake_gpu.build(name, "resnet18w0.25", 64, splits=2, **SMALL[name])
     batch = {key: torch.zeros(4, *shape, dtype=kind) for key, (shape, kind) in fake_gpu.shapes(name, 64).items()}
@@ -123,6 +124,7 @@ def test_compiled_a_model_is_one_graph_and_gives_the_same_loss(name):
 
 
 @pytest.mark.parametrize("family, solarize_p", [(common.Photometric, 0.0), (detcon.Colors, 0.5)])
+@in_a_child
 def test_colors_compile_as_one_graph_and_stay_the_same(family, solarize_p):
     colors = family(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5, solarize_p=solarize_p)
     x, draw = torch.rand(6, 3, 32, 32), colors.draw(6)
