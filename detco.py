@@ -3,14 +3,14 @@
 MoCo v2 with a contrast at every stage of the backbone, so that shallow features tell images apart too, and with three
 contrasts instead of one: whole view to whole view, nine small patches to nine patches, and patches to whole view.
 
-    python detco.py                                             shapes drawn on the fly, a minute or two
+    python detco.py                                             shapes that it draws itself, a minute or two
     python detco.py --data DIR                                  your own images
     torchrun --nproc_per_node=8 detco.py --data /imagenet       as in the paper; --augment rand for DetCo+AA
-    python detco.py --data DIR --no-local --epochs 100          stages alone, the paper's row (b) of Table 1
+    python detco.py --data DIR --no-local --epochs 100          without patches, as in Table 1 (b)
 
-Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt,
-`model` holds the backbone: `encoder_q.backbone.`, followed by torchvision's names for a ResNet. No code for
-pre-training was released: comments say what was decided where the paper leaves something open.
+Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt, the backbone is
+in `model`, under torchvision's ResNet names with the prefix `encoder_q.backbone.`. No code for pre-training was
+released: comments say what was decided where the paper leaves something open.
 """
 import copy
 from contextlib import contextmanager
@@ -44,11 +44,11 @@ def jigsaw_sizes(size):
 
 
 def views(image, rng, size, min_area, augment="moco", magnitude=28, local=True):
-    """Two global views, and two regions of nine patches each; every one is mirrored half of the time.
+    """Two global views, and two regions of nine patches each; each is mirrored half of the time.
 
     x_q and x_k: global views (I_q and I_k), uint8 [3, size, size]. With `local` also p_q and p_k: regions that become
     the patch sets P_q and P_k, uint8 [3, 255, 255] at 224; and at_q and at_k: [9, 2], the top-left corner (x, y) of
-    each patch, one in each of the region's 3 x 3 cells.
+    each patch in pixels of the region, one in each of its 3 x 3 cells.
     """
     region, patch = jigsaw_sizes(size)
     names, areas, sizes = ["x_q", "x_k"], [(min_area, 1.0)] * 2, [size] * 2
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         f = self.backbone(x, self.depth)
         return [normalize(mlp(f[i].mean(dim=(2, 3)))) for i, mlp in zip(self.stages, self.mlp_global)]
 
-    def local(self, x):
+    def encode_patches(self, x):
         """Patches [N*9, 3, s, s], all in one pass -> normalized [N, dim] of each stage.
 
         The nine features are concatenated in reading order: the paper mentions no shuffling.
@@ -153,7 +153,7 @@ class DetCo(nn.Module):
                  size=224, local=True, share_queue=False, bn_splits=1):
         super().__init__()
         self.w = [weight for weight in weights if weight]
-        self.momentum, self.temperature, self.patch = momentum, temperature, jigsaw_sizes(size)[1]
+        self.momentum, self.temperature, self.patch_side = momentum, temperature, jigsaw_sizes(size)[1]
         self.photometric = color_augmentation()
         self.encoder_q = Encoder(arch, weights, dim, bn_splits, local)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
@@ -164,15 +164,15 @@ class DetCo(nn.Module):
     def forward(self, batch):
         """(loss of Eq. 1, stats). batch: what `views` gives, N of each."""
         local = self.queue_local is not None
-        cut_patches = lambda p, at: patches(self.photometric(p), at, self.patch)
+        cut_patches = lambda p, at: patches(self.photometric(p), at, self.patch_side)
         q_g = self.encoder_q(self.photometric(batch["x_q"]))                              # for each stage [N, dim]
-        q_l = self.encoder_q.local(cut_patches(batch["p_q"], batch["at_q"])) if local else []
+        q_l = self.encoder_q.encode_patches(cut_patches(batch["p_q"], batch["at_q"])) if local else []
         shuffle = common.Shuffle(len(batch["x_k"]), batch["x_k"].device)                  # for every input of encoder_k
         with torch.no_grad():
             k_g = self.encoder_k(self.photometric(shuffle(batch["x_k"])))
             k_l = []
             if local:
-                k_l = self.encoder_k.local(cut_patches(shuffle(batch["p_k"]), shuffle(batch["at_k"])))
+                k_l = self.encoder_k.encode_patches(cut_patches(shuffle(batch["p_k"]), shuffle(batch["at_k"])))
             k_g, k_l = ([shuffle.undo(k) for k in keys] for keys in (k_g, k_l))
         loss, self.new = 0, (k_g, k_l)
         for i, w in enumerate(self.w):
@@ -191,7 +191,7 @@ class DetCo(nn.Module):
 
     @torch.no_grad()
     def update(self):
-        """After the optimizer's step: encoder_k follows encoder_q, and the new keys enter the queues."""
+        """Let encoder_k follow encoder_q and put the new keys into the queues, after the optimizer's step."""
         common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)
         for queues, keys in zip((self.queue_global, self.queue_local), self.new):
             for i, k in enumerate(keys):
@@ -202,12 +202,10 @@ class DetCo(nn.Module):
 
 def save_views(path, model, batch):
     """Write views.png: both global views of a few images, and both sets of nine patches, each as a 3 x 3 grid."""
-    columns = []
-    for name in ("x_q", "x_k"):
-        columns.append(common.denormalize(model.photometric(batch[name])[:8]))
+    columns = [common.denormalize(model.photometric(batch[name])[:8]) for name in ("x_q", "x_k")]
     for name in ("q", "k") if model.queue_local is not None else ():
-        nine = patches(model.photometric(batch[f"p_{name}"]), batch[f"at_{name}"], model.patch)[:72]
-        nine = F.pad(common.denormalize(nine), (1, 1, 1, 1))                             # [8*9, 3, s, s], a black frame
+        nine = patches(model.photometric(batch[f"p_{name}"]), batch[f"at_{name}"], model.patch_side)[:72]
+        nine = F.pad(common.denormalize(nine), (1, 1, 1, 1))                             # [8*9, 3, s+2, s+2], framed
         tiles = nine.unflatten(0, (-1, 3, 3)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         columns.append(F.interpolate(tiles, columns[0].shape[-2:]))
     common.save_views(path, *columns)
@@ -218,11 +216,12 @@ def arguments():
     add = parser.own.add_argument
     add("--weights", type=common.bounded(float, 0), nargs=4, help="w of Eq. 1 for Res2, Res3, Res4, Res5")
     add("--no-local", action="store_true",
-        help="without patches: stages alone (Table 1 b); with --weights 0 0 0 1 MoCo v2's loss")
+        help="leave the patches out (Table 1 b); together with --weights 0 0 0 1, this is MoCo v2's loss")
     add("--share-queue", action="store_true",
         help="one global and one local queue for all stages (Table 16, with --no-local)")
     add("--augment", choices=["moco", "rand"],
-        help="moco: MoCo v2's colors; rand: RandAugment before them, for DetCo+AA (\"Auto Augmentation\")")
+        help="moco: MoCo v2's colors; rand: RandAugment before them, for DetCo+AA (\"Auto Augmentation\", for which "
+             "the paper cites RandAugment)")
     add("--augment-magnitude", type=common.bounded(int, 0, 30), help="magnitude of RandAugment, from 0 to 30")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
     add("--momentum", type=common.bounded(float, 0, 1), help="m, of the key network")
@@ -261,7 +260,7 @@ def main():
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
+        common.seed_everything(args.seed, run.step, common.rank())  # after save_views, which draws random numbers too
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

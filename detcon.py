@@ -4,7 +4,7 @@ Each image is divided into segments by a simple heuristic. The features of a seg
 one view, must find the features of the same segment in another view, among all segments of that image and of the other
 images in the batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
 
-    python detcon.py                                                shapes drawn on the fly, a minute on two cores
+    python detcon.py                                                shapes that it draws itself, a minute on two cores
     python detcon.py --data DIR                                     your own images; masks by Felzenszwalb-Huttenlocher
     torchrun --nproc_per_node=8 detcon.py --data /imagenet          DetCon-S as in the paper; --variant b for DetCon-B
     python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
@@ -460,7 +460,7 @@ def main():
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch, source, make_views, args.seed)
-        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
+        common.seed_everything(args.seed, run.step, common.rank())  # after save_views, which draws random numbers too
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch),
                                   drops=(0.96, 0.98) if args.schedule == "steps" else None)

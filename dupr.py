@@ -1,17 +1,17 @@
-"""DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.).
+"""DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al., TPAMI 2024).
 
-MoCo v2 at every stage of the backbone, and a second contrast between patches: the region that two views of an image
-share is divided into an S x S grid in both, and the feature of a patch must find the feature of the same patch in the
-other view, among patches of other images. Features then tell places apart, which detection needs.
+MoCo v2 at every stage of the backbone, plus a second contrast, between patches: the region that two views of an image
+share is divided into an S x S grid in both, and the feature of a patch must find, among those of patches of other
+images, the feature of the same patch in the other view. The features then tell places apart, as detection needs.
 
-    python dupr.py                                              shapes drawn on the fly, a minute or two
+    python dupr.py                                              shapes that it draws itself, a minute or two
     python dupr.py --data DIR                                   your own images
-    torchrun --nproc_per_node=8 dupr.py --data /imagenet        as in the paper's main experiments
+    torchrun --nproc_per_node=8 dupr.py --data /imagenet        the main experiments; paper's text: --augment rand-moves
     python dupr.py --data DIR --augment moco                    as in its ablations: no RandAugment, temperature 0.2
 
-Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt,
-`model` holds the backbone: `encoder_q.backbone.`, followed by torchvision's names for a ResNet. No code for
-pre-training was released: comments say what was decided where the paper leaves something open.
+Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt, the backbone is
+in `model`, under torchvision's ResNet names with the prefix `encoder_q.backbone.`. No code for pre-training was
+released: comments say what was decided where the paper leaves something open.
 """
 import copy
 from functools import partial
@@ -107,9 +107,9 @@ class Encoder(nn.Module):
     def forward(self, x, box, flip):
         """Normalized features of a view: v, [N, dim] of each image level, and r, [N, S*S, dim] of each patch level.
 
-        x: [N, 3, H, W]; box: [N, 1, 4] in its pixels; flip: [N], whether x is mirrored. Patch p is the same place in
-        both views. S is roi_size, or else the side of the level's feature map: at 224 pixels 7 on conv5_x and 14 on
-        conv4_x (Sec. 4.5.3; one sentence of Sec. 3.2.3 swaps the two).
+        x: [N, 3, H, W]; box: [N, 1, 4], the region that both views share, xyxy in pixels of x; flip: [N], whether x is
+        mirrored. Patch p is the same place in both views. S is roi_size, or else the side of the level's feature map:
+        at 224 pixels 14 on conv4_x and 7 on conv5_x (Sec. 4.5.3; one sentence of Sec. 3.2.3 swaps the two).
         """
         f = self.backbone(x, self.depth)
         v = [h(f[m].mean(dim=(2, 3))) for m, h in zip(self.image_levels, self.h)]
@@ -128,7 +128,8 @@ class DUPR(nn.Module):
 
     alpha, beta: weights of the image and patch losses of conv2_x to conv5_x (Eq. 2); a loss of weight 0 costs nothing.
     patch_keys: how many patches of the global batch enter a level's queue in a step ("we sample 32 patch features per
-    batch", Sec. 3.2.3), however many processes there are. roi_size: S of all levels. bn_splits: BN groups of a process.
+    batch", Sec. 3.2.3), however many processes there are. roi_size: S of every level (None: the side of its feature
+    map). bn_splits: BN groups of a process.
     """
 
     def __init__(self, arch, alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), queue=65536, patch_keys=32,
@@ -154,17 +155,18 @@ class DUPR(nn.Module):
         loss, stats = 0, {}
         for weight, q, k, queue in zip(self.alpha, v_q, v_k, self.image_queues):
             loss = loss + weight * common.info_nce(q, k, queue.keys, self.temperature)    # Eq. 8
+        if v_q:
+            stats["accuracy"] = common.pretext_accuracy(v_q[-1], v_k[-1], self.image_queues[-1].keys)
         for weight, q, k, queue in zip(self.beta, r_q, r_k, self.patch_queues):
             patch_loss, accuracy = patch_nce(q, k, batch["overlap"], queue.keys, self.temperature)  # Eq. 7
             loss = loss + weight * patch_loss                                             # Eq. 2
             stats["accuracy_patch"] = accuracy                                            # of the last level
-        if v_q:
-            stats = {"accuracy": common.pretext_accuracy(v_q[-1], v_k[-1], self.image_queues[-1].keys), **stats}
-        return loss, {**stats, "overlap": batch["overlap"].float().mean()}
+        stats["overlap"] = batch["overlap"].float().mean()
+        return loss, stats
 
     @torch.no_grad()
     def update(self):
-        """After the optimizer's step: encoder_k follows encoder_q, and the new keys enter the queues (Sec. 3.2.3).
+        """Let encoder_k follow encoder_q and put the new keys into the queues, after the optimizer's step (Sec. 3.2.3).
 
         Each image queue takes the keys of all images, each patch queue takes `patch_keys` patches.
         """
@@ -200,12 +202,12 @@ def patch_nce(q, k, overlap, negatives, temperature):
     rows = common.to_float32(q.flatten(0, 1), k.flatten(0, 1), negatives)
     losses, hits = InfoNCEInParts.apply(*rows, temperature)
     weight = overlap.float()[:, None] / q.shape[1]                                        # [N, 1]
-    count = common.all_gather(overlap.float()).sum().clamp(min=1) / common.world_size()
-    mean = lambda x: (x.view(q.shape[:2]) * weight).sum() / count
+    pairs = common.all_gather(overlap.float()).sum().clamp(min=1) / common.world_size()   # that overlap, per process
+    mean = lambda x: (x.view(q.shape[:2]) * weight).sum() / pairs
     return mean(losses), mean(hits.float())
 
 
-PART = 2 ** 26  # similarities at a time: 0.25 GB
+PART = 2 ** 26  # similarities at a time: 0.27 GB
 
 
 class InfoNCEInParts(torch.autograd.Function):
@@ -253,7 +255,7 @@ def save_views(path, model, batch):
     for name in "qk":
         views = common.denormalize(model.photometric(batch[f"x_{name}"])[:8])
         side = model.encoder_q.roi_size or -(-views.shape[-1] // 32)
-        factor = 448 // views.shape[-1] + 1
+        factor = 448 // views.shape[-1] + 1                                               # for legible numbers
         views = F.interpolate(views, scale_factor=factor).cpu()
         boxes = batch[f"box_{name}"].cpu() * factor
         rows = zip(views, boxes, batch[f"flip_{name}"], batch["overlap"])
@@ -281,11 +283,12 @@ def arguments():
         help="weights of the image losses of conv2_x to conv5_x (Eq. 2)")
     add("--beta", type=common.bounded(float, 0), nargs=4, help="weights of the patch losses")
     add("--augment", choices=["rand", "rand-moves", "moco"],
-        help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of its operations, "
-             "which move patches; moco: MoCo v2's alone")
+        help="rand: RandAugment's color operations before MoCo v2's colors; rand-moves: all of RandAugment's "
+             "operations, some of which move patches; moco: MoCo v2's colors alone")
     add("--augment-magnitude", type=common.bounded(int, 0, 30), help="magnitude of RandAugment, from 0 to 30")
     add("--roi-size", type=common.bounded(int, 1),
-        help="S of all levels (Table 7a; default: each level's own, 7 and 14)")
+        help="S of every level (Table 7a; default: the side of its feature map, at 224 pixels 14 on conv4_x and 7 on "
+             "conv5_x)")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in each queue")
     add("--patch-keys", type=common.bounded(int, 1),
         help="patches of the global batch that a level's queue takes in a step")
@@ -329,7 +332,7 @@ def main():
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
+        common.seed_everything(args.seed, run.step, common.rank())  # after save_views, which draws random numbers too
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

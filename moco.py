@@ -3,15 +3,16 @@
 Contrastive learning is dictionary look-up: a query, one view of an image, must find its key, another view of the same
 image, among many keys of other images. MoCo makes the dictionary large by keeping the keys of past batches in a queue,
 and consistent by encoding them with a network that follows the query network slowly. Version 2, the default (Chen et
-al. 2020), adds an MLP head, blur, a cosine schedule and a temperature of 0.2. Sections and equations are version 1's.
+al. 2020), adds an MLP head, blur, a cosine schedule and a temperature of 0.2. Section and equation numbers
+are those of version 1's paper.
 
-    python moco.py                                                  shapes drawn on the fly, a minute or two
+    python moco.py                                                  shapes that it draws itself, a minute or two
     python moco.py --data DIR                                       your own images, version 2
     torchrun --nproc_per_node=8 moco.py --data /imagenet            version 2; --version 1: He et al.
-    python moco.py --data DIR --mechanism bank|batch                the other dictionaries of Figure 2
+    python moco.py --data DIR --mechanism bank                      a memory bank (Figure 2b); batch: end to end (2a)
 
-Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt,
-`model` holds the backbone: `encoder_q.backbone.`, followed by torchvision's names for a ResNet.
+Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt, the backbone is
+in `model`, under torchvision's ResNet names with the prefix `encoder_q.backbone.`.
 """
 import copy
 import math
@@ -30,7 +31,7 @@ PAPER = dict(  # version 2 on ImageNet; lr is for batch_size
     version=2, schedule="cosine", mechanism="queue", queue=65536, momentum=0.999, temperature=0.2, dim=128,
     workers=16)  # about what one H100 needs, estimated
 
-VERSION_1 = dict(temperature=0.07, schedule="steps")  # and a linear head, v1's colors
+VERSION_1 = dict(temperature=0.07, schedule="steps")  # plus a linear head and version 1's colors
 
 DEMO = dict(
     arch="resnet18w0.25", size=32, epochs=12, lr=0.06, warmup=1, print_every=32, min_area=0.4, queue=512, momentum=0.95)
@@ -39,10 +40,10 @@ DEMO = dict(
 # --- Views -----------------------------------------------------------------------------------------------------------
 
 def two_views(image, rng, size, min_area, key=True):
-    """Two random crops of one image, each mirrored half of the time (Sec. 3.3): x_q and x_k, uint8 [3, size, size].
+    """{"index", "x_q", "x_k"}: two random crops of one image, uint8 [3, size, size], each mirrored half of the time.
 
-    Without `key` only x_q, since the memory bank needs no second view. `index` is the image that the views really show:
-    if one cannot be decoded, another takes its place.
+    See Sec. 3.3. Without `key` there is no x_k: the memory bank needs no second view. `index` is that of the image
+    shown, which is not the one asked for if that one cannot be decoded.
     """
     names = ["x_q", "x_k"] if key else ["x_q"]
     crops = [common.random_crop(image.size, (min_area, 1.0), rng) for _ in names]
@@ -124,7 +125,10 @@ class MoCo(nn.Module):
         return shuffle.undo(encoder(self.photometric(shuffle(x))))
 
     def contrast_within_batch(self, q, keys):
-        """Eq. 1 with the other keys of the global batch, [world*N, dim], as each query's negatives."""
+        """(loss of Eq. 1, stats): the negatives of a query are the keys of all other images of the global batch.
+
+        q: [N, dim] of this process; keys: [world*N, dim] of all processes, in rank order.
+        """
         with torch.autocast(q.device.type, enabled=False):
             similarity = q @ keys.T                                                       # [N, world*N]
             own = common.rank() * len(q) + torch.arange(len(q), device=q.device)          # column of each query's key
@@ -134,18 +138,21 @@ class MoCo(nn.Module):
         return loss, {"accuracy": hit.float().mean(), "positive": positive.mean()}
 
     def look_up(self, index):
-        """Bank entries of the images `index` [N], and of K others drawn at random, none from this process's batch."""
+        """(keys [N, dim], negatives [K, dim]): bank entries of the images `index` [N], and of K images drawn at random.
+
+        None of the K is in this process's batch.
+        """
         others = torch.randint(len(self.bank) - len(index), (self.samples,), device=index.device)
         # Draw j stands for the j-th image outside the batch: image j plus the number of batch images before it.
-        # before[i]: how many images outside the batch precede the batch's i-th smallest index. cummax: an index may
-        # come twice, if its image took the place of an unreadable one.
+        # before[i]: how many images outside the batch precede the batch's i-th smallest index. cummax keeps it sorted
+        # if an index comes twice, as it may if its image took the place of an unreadable one.
         before = index.sort().values - torch.arange(len(index), device=index.device)
         others += torch.searchsorted(before.cummax(dim=0).values, others, right=True)
         return self.bank[index], self.bank[others]
 
     @torch.no_grad()
     def update(self):
-        """After the optimizer's step (Algorithm 1): f_k follows f_q, and the new keys enter the dictionary."""
+        """Let f_k follow f_q and put the new keys into the dictionary, after the optimizer's step (Algorithm 1)."""
         if self.mechanism == "queue":
             common.momentum_update(self.encoder_k, self.encoder_q, self.momentum)         # Eq. 2
             self.queue.enqueue(self.new)
@@ -178,8 +185,8 @@ def arguments():
     add = parser.own.add_argument
     add("--version", type=int, choices=[1, 2], help="1: linear head, step schedule; 2: MLP head, blur, cosine schedule")
     add("--schedule", choices=["cosine", "steps", "instagram"],
-        help="steps: divided by 10 at 0.6 and 0.8 of the run, version 1's (epochs 120 and 160 of 200); "
-             "instagram: times 0.9 every 62500 steps")
+        help="steps: the learning rate falls to a tenth at 0.6 and 0.8 of the run, as in version 1 (epochs 120 and "
+             "160 of 200); instagram: it is multiplied by 0.9 every 62500 steps")
     add("--mechanism", choices=["queue", "batch", "bank"], help="the dictionary: Figure 2 c, a, b")
     add("--queue", type=common.bounded(int, 1), help="K, the keys in the queue (or drawn from the bank)")
     add("--momentum", type=common.bounded(float, 0, 1),
@@ -193,7 +200,7 @@ def arguments():
     add("--no-shuffle", action="store_true", help="leave Shuffling BN out, to see the leak of Figure A.1")
 
     def variant(args):
-        changed = dict(VERSION_1) if args.version == 1 else {}
+        changed = VERSION_1 if args.version == 1 else {}
         return {**changed, "momentum": 0.5} if args.mechanism == "bank" else changed
 
     args = parser.parse(variant)
@@ -206,7 +213,7 @@ def main():
     args = arguments()
     source, monitor = common.open_data(args)
     negatives = args.batch_size - 1 if args.mechanism == "batch" else args.queue
-    if args.mechanism == "bank" and args.batch_size == len(source):
+    if args.mechanism == "bank" and args.batch_size // common.world_size() == len(source):
         common.fail(f"a batch of all {len(source)} images leaves none for negatives: take a smaller --batch-size")
     if args.mechanism == "queue":
         common.warn_if_queue_is_long(args, source)
@@ -227,7 +234,7 @@ def main():
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
+        common.seed_everything(args.seed, run.step, common.rank())  # after save_views, which draws random numbers too
         lr = learning_rate(args, run.step, run.total, round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):

@@ -4,7 +4,7 @@ Every object proposal of an image is an instance of its own: its features in one
 its features in another view, where it lies elsewhere and is larger or smaller. All parts of a detector are pre-trained:
 backbone, feature pyramid and box head; for a C4 detector the backbone alone, whose last stage is the box head.
 
-    python soco.py                                              SoCo-C4 on shapes drawn on the fly, a minute or two
+    python soco.py                                              SoCo-C4 on shapes that it draws itself, a minute or two
     python soco.py --data DIR                                   your own images; proposals by selective search
     torchrun --nproc_per_node=8 soco.py --data /imagenet        as in the paper
     python soco.py --data DIR --detector c4                     SoCo-C4, for detectors without FPN
@@ -487,7 +487,7 @@ def main():
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
             save_views(Path(args.out, "views.png"), model, batch)
-        common.seed_everything(args.seed, run.step, common.rank())  # again: views.png must not change training
+        common.seed_everything(args.seed, run.step, common.rank())  # after save_views, which draws random numbers too
         lr = common.learning_rate(args.lr * args.batch_size / PAPER["batch_size"], run.step, run.total,
                                   round(args.warmup * run.steps_per_epoch))
         optimizer.param_groups[0]["lr"] = lr

@@ -455,7 +455,7 @@ def pooling(args, folder):
     """CPU-ms for the masks of a pair of views: all regions counted at once, against 16 full-size masks."""
     torch.set_num_threads(1)
     source, rng = common.Shapes(16, size=500), np.random.default_rng(0)
-    labels = [source.labeled(i)[3] for i in range(16)]
+    labels = [source.labeled_scene(i)[3] for i in range(16)]
     mask = lambda i: detcon.crop_labels(labels[i], common.random_crop((500, 500), (0.08, 1.0), rng), (500, 500), 224)
     pairs = [(mask(i), mask(i)) for i in range(16)]
     counted = lambda mask, cells, n, rng: detcon.draw(detcon.shares(mask, cells), n, rng)

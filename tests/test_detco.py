@@ -115,8 +115,8 @@ def test_loss_equals_equations_1_to_5_written_out_slowly(share):
     assert len(queues_g) == len(queues_l) == (1 if share else 3)
     with torch.no_grad():
         loss, _ = model(batch)
-        q_g, q_l = encode_slowly(model.encoder_q, batch["x_q"], batch["p_q"], batch["at_q"], model.patch)
-        k_g, k_l = encode_slowly(model.encoder_k, batch["x_k"], batch["p_k"], batch["at_k"], model.patch)
+        q_g, q_l = encode_slowly(model.encoder_q, batch["x_q"], batch["p_q"], batch["at_q"], model.patch_side)
+        k_g, k_l = encode_slowly(model.encoder_k, batch["x_k"], batch["p_k"], batch["at_k"], model.patch_side)
     total = 0
     for i, w in enumerate([0.4, 0.7, 1.0]):
         g, local = queues_g[0 if share else i], queues_l[0 if share else i]
@@ -176,7 +176,7 @@ def test_the_shuffle_covers_views_and_patches_and_is_undone():
     batch |= {"x_k": one.expand(-1, 3, 64, 64), "p_k": one.expand(-1, 3, *batch["p_k"].shape[2:])}
     batch["at_k"] = torch.arange(8).view(-1, 1, 1).expand(-1, 9, 2)
     embed = lambda x: (seen.append(x[:, 0, 0, 0].tolist()), [x[:, :1, 0, 0].float().expand(-1, 16)] * 4)[1]
-    model.encoder_k.forward, model.encoder_k.local = embed, lambda x: embed(x[::9])
+    model.encoder_k.forward, model.encoder_k.encode_patches = embed, lambda x: embed(x[::9])
     model(batch)
     assert seen[0] == seen[1] != list(range(8)) and sorted(seen[0]) == list(range(8))
     assert all(k[:, 0].tolist() == list(range(8)) for keys in model.new for k in keys)
