@@ -1503,21 +1503,21 @@ class Run:
                     "images_per_s": round((self.step - step) * self.args.batch_size / took, 1),
                     "data_wait": round((self.loader.waited - waited) / took, 3)})
 
-    def monitor(self, backbone, pair, device, stage=5, pool=None):
-        """Write a row with the kNN accuracy of a stage of `backbone` on the pair (train, val).
+    def monitor(self, encoder, pair, device, stage=5):
+        """Write a row with the kNN accuracy of a stage of `encoder.backbone` on the pair (train, val).
 
-        If these are drawn shapes, the row also has the object probe, with `pool` for the features of boxes (default:
-        `pool_stages`), and is written only before the first step and after the last.
+        If these are drawn shapes, the row also has the object probe, with `encoder.pool` (default: `pool_stages`) for
+        the features of boxes, and is written only before the first step and after the last.
         """
         drawn = isinstance(pair[0], Shapes)
         if drawn and self.step not in (0, self.total):
             return
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
-            row = {"knn": knn(backbone, *pair, self.args.size, device, self.args.workers, stage=stage)}
+        with evaluating(encoder), torch.autocast(device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
+            row = {"knn": knn(encoder.backbone, *pair, self.args.size, device, self.args.workers, stage=stage)}
             if drawn:
-                size, seed = pair[0].size, pair[0].seed
+                size, seed, pool = pair[0].size, pair[0].seed, getattr(encoder, "pool", pool_stages)
                 scenes = Shapes(1200, size, seed).draw_all(), Shapes(400, size, seed + 1).draw_all()
-                figures = probe(backbone, *scenes, detector_size(size), device, self.args.workers, pool or pool_stages)
+                figures = probe(encoder.backbone, *scenes, detector_size(size), device, self.args.workers, pool)
                 row |= {f"probe_{name}": x for name, x in figures.items()}
         self.write(row)
         self.restart_clock()

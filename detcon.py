@@ -4,16 +4,19 @@ Each image is divided into segments by a simple heuristic. The features of a seg
 one view, must find the features of the same segment in another view, among all segments of that image and of the other
 images in the batch. DetCon-S builds on SimCLR (one network), DetCon-B on BYOL (an online and a target network).
 
-    python detcon.py                                                shapes that it draws itself, a minute on two cores
+    python detcon.py                                                shapes that it draws itself, a minute or two
     python detcon.py --data DIR                                     your own images; masks by Felzenszwalb-Huttenlocher
     torchrun --nproc_per_node=8 detcon.py --data /imagenet          DetCon-S as in the paper; --variant b for DetCon-B
     python detcon.py --data DIR --masks gridN|MASKS                 squares, or label maps of your own
-    python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps          as the paper does on COCO
+    python detcon.py --data COCO --fh-scale 500 1000 1500 --schedule steps --epochs 324     as the paper does on COCO
+
+On 8 GPUs with 80 GB each, add --batch-size 2048, half the paper's.
 
 Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; run the same command again to resume. In
 last.pt's `model`, `online.backbone.*` has the layout of torchvision's ResNet.
 """
 import copy
+import os
 import zlib
 from collections import Counter
 from functools import partial
@@ -35,7 +38,7 @@ PAPER = dict(  # S on ImageNet; lr: 0.3 per 256 images; 300 epochs are B's in Ta
     workers=24)  # about what one H100 needs, estimated
 
 B = dict(hidden=4096, dim=256, momentum=0.99)
-# A single global mask turns DetCon into SimCLR (S) or a contrastive BYOL (B). To draw it M times would only scale the
+# A single global mask turns DetCon into SimCLR (S) or a contrastive BYOL (B). Drawing it M times would only scale the
 # gradient by 1/M, since `detcon_loss` counts a region once and divides by M. LARS undoes that for weights, but not for
 # BN and biases. Table 4 (a) has 16 draws: --num-masks 16.
 GRID1 = dict(num_masks=1)
@@ -51,9 +54,9 @@ def views(image, rng, masks, size, num_masks, pooling="soft", count=2, keep=Fals
     """Two random crops of one image, each mirrored half of the time, and M = `num_masks` masks of each.
 
     masks(image): the image's masks as `shares` takes them, at any resolution. Returns x1 and x2, uint8 [3, size, size];
-    ids1 and ids2 [M], which regions of the image the masks are; masks1 and masks2 [M, S/32, S/32], the weights of the
-    cells of c5 in each mask. With a count of 1 there is no x2, and both sets of masks are drawn from x1. With `keep`
-    also members1 and members2, bool [M, size, size], the pixels of each mask, to look at.
+    ids1 and ids2 [M], the region of the image that each mask shows; masks1 and masks2 [M, h, w], the weight of each
+    cell of c5 in each mask (h = w = ceil(size / 32)). With a count of 1 there is no x2, and both sets of masks are
+    drawn from x1. With `keep` also members1 and members2, bool [M, size, size], the pixels of each mask, to look at.
     """
     crops = [common.random_crop(image.size, (0.08, 1.0), rng) for _ in range(count)]
     pictures = image.crop(crops, [size] * count, Image.Resampling.BICUBIC)
@@ -82,21 +85,21 @@ def crop_labels(labels, crop, image_size, size, flip=False):
     return labels[places(1)[:, None], places(0)[::-1 if flip else 1]]
 
 
-def shares(mask, cells, hard=False):
+def shares(labels, cells, hard=False):
     """The share of each cell that each region covers (Sec. 3.1), [regions, cells, cells], in a grid of cells x cells.
 
-    mask: uint8 [S, S], a label map; or uint8 [S, S, channels], one label map per channel, with region number
+    labels: uint8 [S, S], a label map; or uint8 [S, S, channels], one label map per channel, with region number
     256 * channel + label; or uint16 [S, S], 16 regions that may overlap, one per bit. hard, as in the released code:
     within each label map, a cell belongs entirely to the region with the largest share of it.
     """
-    size = len(mask)
-    labels = np.ascontiguousarray(mask).view(np.uint8).reshape(size, size, -1)            # 16 bits are two channels
-    channels = labels.shape[2]
+    size = len(labels)
+    maps = np.ascontiguousarray(labels).view(np.uint8).reshape(size, size, -1)            # 16 bits are two channels
+    channels = maps.shape[2]
     band = np.arange(size) * cells // size                                                # the cell of a row or column
     cell = (cells * band[:, None] + band)[..., None]                                      # [S, S, 1]
-    place = 256 * (cell + cells ** 2 * np.arange(channels)) + labels                      # by channel, cell and label
+    place = 256 * (cell + cells ** 2 * np.arange(channels)) + maps                        # by channel, cell and label
     counts = np.bincount(place.ravel(), minlength=256 * channels * cells ** 2).reshape(channels, cells ** 2, 256)
-    if mask.dtype == np.uint16:                                                           # pixels by byte -> by bit
+    if labels.dtype == np.uint16:                                                         # pixels by byte -> by bit
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # [256, 8], of a byte
         counts = (counts @ bits).swapaxes(0, 1).reshape(1, cells ** 2, 16)
     side = np.bincount(band)                                                              # pixels, about 32
@@ -123,11 +126,11 @@ def draw(share, n, rng, one_cell=False):
     return ids, weights.astype(np.float32)
 
 
-def member(mask, k):
-    """The pixels of region k in a mask, bool [S, S]. mask: as in `shares`; k: an id from `draw`."""
-    if mask.dtype == np.uint16:
-        return ((mask >> k) & 1) > 0 if k >= 0 else mask == 0
-    return mask.reshape(*mask.shape[:2], -1)[..., k // 256] == k % 256
+def member(labels, k):
+    """The pixels of region k, bool [S, S]. labels: as in `shares`; k: an id from `draw`."""
+    if labels.dtype == np.uint16:
+        return ((labels >> k) & 1) > 0 if k >= 0 else labels == 0
+    return labels.reshape(*labels.shape[:2], -1)[..., k // 256] == k % 256
 
 
 class Colors(common.Photometric):
@@ -180,8 +183,8 @@ class Encoder(nn.Module):
 def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=True):
     """The loss of contrastive detection (Eq. 1 to 3) in nats, both directions added.
 
-    Eq. 3 is a sum over pairs of draws. As in the released code, the draws of one region share a weight of one here, and
-    the total is divided by M and averaged over the images.
+    Eq. 3 sums over pairs of draws. Here, as in the released code, all draws of one region together weigh 1, and the
+    total is divided by M and averaged over the images.
 
     pred1, pred2, target1, target2: [N, M, D] of this process's N images, not normalized; S passes its projections as
     predictions and as targets, and trains through both. ids1, ids2: [N, M], equal if two draws are of one region.
@@ -191,7 +194,7 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
     with torch.autocast(pred1.device.type, enabled=False):
         pred1, pred2, target1, target2 = (F.normalize(x, dim=2)
                                           for x in common.to_float32(pred1, pred2, target1, target2))
-        mine = torch.arange(len(ids1), device=ids1.device)                                # their rows among the targets
+        mine = torch.arange(len(ids1), device=ids1.device)                                # rows of the targets
         if gather:
             mine = mine + common.rank() * len(ids1)
             target1, target2 = common.all_gather(target1), common.all_gather(target2)     # [world*N, M, D]
@@ -216,7 +219,7 @@ def one_way(pred, other, own, ids, other_ids, mine):
     paired = (ids[:, :, None] == other_ids[:, None]).float()                              # the indicator of Eq. 3
     count = paired.sum(dim=2)
     positive = (across[image, :, mine] * paired).sum(dim=2) / count.clamp(min=1)
-    loss = all_targets - positive                                                         # Eq. 1, its mean by Eq. 2
+    loss = all_targets - positive                                                         # Eq. 1, averaged by Eq. 2
     return (loss * (count > 0) / same.sum(dim=2)).mean()                                  # Eq. 3, each region once, / M
 
 
@@ -224,7 +227,7 @@ class DetCon(nn.Module):
     """The pretext task.
 
     variant: "s" has one network for both views; "b" has a target network too, which follows the online one by
-    `update(momentum)`. size: of the views, in pixels. negatives: contrast only so many images at a time.
+    `update(momentum)`. size: of the views, in pixels. negatives: contrast groups of this many images separately.
     """
 
     def __init__(self, arch, variant="s", size=224, temperature=0.1, hidden=2048, dim=128, negatives=None):
@@ -237,13 +240,13 @@ class DetCon(nn.Module):
             self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, batch):
-        """(loss, stats). batch: x1, x2 [N, 3, S, S] uint8, ids1, ids2 [N, M], masks1, masks2 [N, M, S/32, S/32].
+        """(loss, stats). batch: x1, x2 [N, 3, S, S] uint8, ids1, ids2 [N, M], masks1, masks2 [N, M, h, w].
 
         Without x2 both sets of masks are of x1 (Table 5 b).
         """
         ids1, ids2, masks = batch["ids1"], batch["ids2"], [batch["masks1"], batch["masks2"]]
         if "x2" not in batch:
-            masks = [torch.cat(masks, dim=1)]                                             # [N, 2M, S/32, S/32]
+            masks = [torch.cat(masks, dim=1)]                                             # [N, 2M, h, w]
         views = [(self.photometric[i](batch[f"x{i + 1}"]), mask) for i, mask in enumerate(masks)]
 
         def encode(network):
@@ -257,7 +260,7 @@ class DetCon(nn.Module):
                 target = encode(self.target)                                              # B: v'_m
         inputs = *pred, *target, ids1, ids2
         if self.negatives:                                                                # Table 5 a
-            groups = zip(*(x.split(self.negatives) for x in inputs))                      # of so many images each
+            groups = zip(*(x.split(self.negatives) for x in inputs))                      # of that many images
             loss = torch.stack([detcon_loss(*group, self.temperature, gather=False) for group in groups]).mean()
         else:
             loss = detcon_loss(*inputs, self.temperature)
@@ -265,7 +268,7 @@ class DetCon(nn.Module):
 
     @torch.no_grad()
     def stats(self, pred, target, ids, other_ids):
-        """Figures about view 1's predictions and view 2's targets, within this process.
+        """{"accuracy", "positive", "paired"}: how well view 1's predictions find view 2's targets, in this process.
 
         paired: share of the masks that have a pair, a target of their own region; accuracy: share of these whose
         nearest target is a pair; positive: mean similarity of pairs.
@@ -354,7 +357,7 @@ def open_masks(args, source, device):
         return lambda image: squares, args.masks
     if args.masks == "truth":
         return lambda image: source.segments[image.index], args.masks
-    stem, count = Counter(source.name(i).rpartition(".")[0] for i in range(len(source))).most_common(1)[0]
+    stem, count = Counter(os.path.splitext(source.name(i))[0] for i in range(len(source))).most_common(1)[0]
     if count > 1:
         common.fail(f"{count} images are named {stem} with different extensions and would share a mask: rename them")
     folder = args.masks
@@ -363,7 +366,7 @@ def open_masks(args, source, device):
         make_masks(folder, source, args.fh_scale, device)
     elif not Path(folder).is_dir():
         common.fail(f"--masks {folder}: no such folder; take fh, grid1 to grid16, or a folder of masks")
-    # The content of 16 masks tells these from others.
+    # Identify the masks by the content of 16 of them, wherever the folder lies.
     some = [mask_path(folder, source, len(source) * k // 16) for k in range(16)]
     content = zlib.crc32(b"".join(path.read_bytes() for path in some if path.is_file()))
     return partial(read_mask, folder=folder, source=source), f"masks {content:08x}"
@@ -378,7 +381,7 @@ def save_views(path, model, batch, source, make_views, seed):
     """Write views.png: the views of a few images, each beside its drawn masks; a region has one color in both views."""
     again = common.Views(source, partial(make_views, keep=True), seed)  # the same draws, with the pixels of each mask
     items, columns = [again[0, index] for index in batch["index"][:8].tolist()], []
-    for i in [i for i in (1, 2) if f"x{i}" in batch]:
+    for i in (1, 2) if "x2" in batch else (1,):
         x = common.denormalize(model.photometric[i - 1](batch[f"x{i}"])[:8]).cpu()
         drawn = [draw_masks(picture, item[f"ids{i}"].tolist(), item[f"members{i}"]) for picture, item in zip(x, items)]
         columns += [x, torch.stack(drawn)]
@@ -387,7 +390,7 @@ def save_views(path, model, batch, source, make_views, seed):
 
 def draw_masks(picture, ids, members):
     """A picture [3, S, S] in [0, 1] with its masks: ids [M], members bool [M, S, S]. A color stands for an id."""
-    mask_of = dict(zip(ids, members))  # a region drawn twice, once
+    mask_of = dict(zip(ids, members))  # each region once, however often it was drawn
     colors = [COLORS[k % len(COLORS)] for k in mask_of]
     return draw_segmentation_masks(picture, torch.stack([*mask_of.values()]), 0.6, colors)
 
@@ -397,12 +400,13 @@ def arguments():
     add = parser.own.add_argument
     add("--variant", choices=["s", "b"], help="s: SimCLR's framework; b: BYOL's")
     add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/fh-1000 if missing; "
-        "N x N squares; or a PNG for each image, in the same subfolders (demo: the drawn objects themselves)")
+        "N x N squares; or a PNG for each image, in the same subfolders; in the demo truth, the drawn objects' own")
     add("--fh-scale", type=common.bounded(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
     add("--prepare", action="store_true", help="make the masks and stop")
     add("--num-masks", type=common.bounded(int, 1), help="M, the masks of a view in a step")
-    add("--mask-pooling", choices=["soft", "hard", "sample"], help="soft: weigh each cell by the mask's share of it; "
-        "hard: only cells of which it has the largest share, as in the released code; sample: a random cell (Sec. 4.4)")
+    add("--mask-pooling", choices=["soft", "hard", "sample"],
+        help="soft: weight each cell by the share of it that the mask covers; hard: use only the cells of which the "
+             "mask has the largest share, as in the released code; sample: use one random cell (Sec. 4.4)")
     add("--views", type=int, choices=[1, 2],
         help="1: pairs of masks within one view (Table 5 b, with --negatives 32 --mask-pooling sample)")
     add("--negatives", type=common.bounded(int, 1), metavar="N",
@@ -410,16 +414,15 @@ def arguments():
     add("--temperature", type=common.bounded(float, 1e-3), help="tau")
     add("--momentum", type=common.bounded(float, 0, 1), help="of b's target at the start (.99; .996 at 1000 epochs)")
     add("--weight-decay", type=common.bounded(float, 0), help="of weights; 1.5e-6 with b at 1000 epochs")
-    add("--schedule", choices=["cosine", "steps"], help="steps: a tenth at 96 %% and 98 %%, as on COCO")
+    add("--schedule", choices=["cosine", "steps"],
+        help="steps: divide the rate by 10 at 96 %% and 98 %% of the run, as on COCO")
     add("--hidden", type=common.bounded(int, 1), help="width of the hidden layer of the heads; 4096 with b")
     add("--dim", type=common.bounded(int, 1), help="length of a latent; 256 with b")
     add("--warmup", type=common.bounded(float, 0), help="epochs in which the learning rate rises from 0")
 
     def variant(args):
-        changed = dict(GRID1) if args.masks == "grid1" else {}
-        if args.variant == "b":
-            changed |= {**B, **(B_1000 if args.epochs >= 1000 else {})}
-        return changed
+        b = {**B, **(B_1000 if args.epochs >= 1000 else {})} if args.variant == "b" else {}
+        return {**(GRID1 if args.masks == "grid1" else {}), **b}
 
     args = parser.parse(variant)
     if args.masks == "truth" and args.data is not None:
@@ -440,14 +443,15 @@ def main():
     device = common.init_distributed()
     args = arguments()
     source, monitor = common.open_data(args, single=False)
-    masks, args.masks = open_masks(args, source, device)  # now args.masks identifies them, wherever they lie
     if args.prepare:
+        open_masks(args, source, device)
         return common.finish()
     common.seed_everything(args.seed)
     model = DetCon(args.arch, args.variant, args.size, args.temperature, args.hidden, args.dim, args.negatives)
     model.to(device, memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = common.LARS(trained, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    masks, args.masks = open_masks(args, source, device)  # now args.masks identifies them, wherever they lie
     run = common.Run(args, source, "detcon", model, optimizer)
     make_views = partial(views, masks=masks, size=args.size, num_masks=args.num_masks, pooling=args.mask_pooling,
                          count=args.views)
@@ -455,7 +459,7 @@ def main():
     ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
-        run.monitor(model.online.backbone, monitor, device)
+        run.monitor(model.online, monitor, device)
     for batch in batches:
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
@@ -476,7 +480,7 @@ def main():
         if run.step % args.print_every == 0:
             run.log(loss, stats, lr)
         if monitor and run.step % run.steps_per_epoch == 0:
-            run.monitor(model.online.backbone, monitor, device)
+            run.monitor(model.online, monitor, device)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
     drawn = args.batch_size // common.world_size() * args.num_masks

@@ -229,7 +229,7 @@ def main():
     ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
-        run.monitor(model.encoder_q.backbone, monitor, device)
+        run.monitor(model.encoder_q, monitor, device)
     for batch in batches:
         if run.step == 0:
             common.seed_everything(args.seed, run.step, common.rank())
@@ -247,7 +247,7 @@ def main():
         if run.step % args.print_every == 0:
             run.log(loss, stats, lr)
         if monitor and run.step % run.steps_per_epoch == 0:
-            run.monitor(model.encoder_q.backbone, monitor, device)
+            run.monitor(model.encoder_q, monitor, device)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
     run.summary(loss=f"log(K+1) is {math.log(negatives + 1):.2f}", accuracy=f"chance is {1 / (negatives + 1):.2g}")

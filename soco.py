@@ -2,7 +2,7 @@
 
 Every object proposal of an image is an instance of its own: its features in one view, pooled by RoIAlign, must predict
 its features in another view, where it lies elsewhere and is larger or smaller. All parts of a detector are pre-trained:
-backbone, feature pyramid and box head; for a C4 detector the backbone alone, whose last stage is the box head.
+backbone, feature pyramid and box head; for a C4 detector, just the backbone, whose last stage is the box head.
 
     python soco.py                                              SoCo-C4 on shapes that it draws itself, a minute or two
     python soco.py --data DIR                                   your own images; proposals by selective search
@@ -52,10 +52,10 @@ DEMO = dict(  # SoCo-C4: with FPN and its box head, learning as much takes sever
 def object_views(image, rng, proposals, sizes, num_proposals, jitter_p):
     """V1: the image resized to a square; V2: a crop of V1; V3: V2 downsampled; V4: another crop of V1 (Sec. 4.3).
 
-    proposals(image, rng): [n, 4] xyxy pixels of the image; sizes: of the 2 to 4 views, in pixels. Returns view1,
-    view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is the same
-    proposal in all views. Each view jitters, clips and mirrors its boxes on its own. Only proposals that are inside V2
-    (and inside V4, if there is one) are taken.
+    proposals(image, rng): [n, 4] xyxy pixels of the image; sizes: the sides of the 2 to 4 views, in pixels. Returns
+    view1, view2, ...: uint8 [3, S, S], and boxes1, boxes2, ...: float32 [K, 4] xyxy in pixels of that view. Row k is
+    the same proposal in all views. Each view jitters, clips and mirrors its boxes on its own. Only proposals that are
+    inside V2 (and inside V4, if there is one) are taken.
     """
     frame = np.array([0, 0, *image.size], float)  # the whole image
     square = sizes[0], sizes[0]
@@ -88,7 +88,9 @@ def inside(boxes, crop):
 
 
 def jitter(boxes, p, rng):
-    """Box jitter (Sec. 3.2): with probability p, moves and resizes a box by up to a tenth of its width and height."""
+    """Boxes [n, 4] after box jitter (Sec. 3.2): with probability p, each is moved and resized by up to a tenth of its
+    width and height, with four independent draws.
+    """
     center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     r = rng.uniform(-0.1, 0.1, (len(boxes), 4)) * (rng.random((len(boxes), 1)) < p)
     center, side = center + r[:, :2] * side, side + r[:, 2:] * side
@@ -124,11 +126,8 @@ def pyramid_roi_align(pyramid, boxes, levels, output_size):
     pyramid: P2 to P5, [N, C, H/4, W/4], ...; boxes: [N, K, 4] in pixels of the view; levels: [N, K], or None to
     pool each box on every level and add. On a level that is not its own, a box is made empty and pools to zero.
     """
-    pooled = 0
-    for level, (p, stride) in enumerate(zip(pyramid, (4, 8, 16, 32))):
-        own = boxes if levels is None else boxes * (levels == level)[..., None]
-        pooled = pooled + common.roi_align(p, own, output_size, stride)
-    return pooled
+    own = lambda level: boxes if levels is None else boxes * (levels == level)[..., None]
+    return sum(common.roi_align(p, own(k), output_size, stride=4 * 2 ** k) for k, p in enumerate(pyramid))
 
 
 class ObjectEncoder(nn.Module):
@@ -168,7 +167,7 @@ class ObjectEncoder(nn.Module):
         return self.projector(h)
 
     def pool(self, stages, boxes):
-        """The features of boxes by every part, to probe it: {"c2": [n, D], ..., "c5", "pyramid", "head"}.
+        """{"c2": [n, D], ..., "c5"} and, with FPN, "pyramid" and "head": the features of each box, to probe each part.
 
         stages: c2 to c5 of N square images; boxes: a list of [k, 4], one per image, in its pixels, n boxes in all.
         The encoder must be in eval mode.
@@ -200,7 +199,7 @@ class SoCo(nn.Module):
     def forward(self, batch):
         """(L^SoCo, stats). batch: view1, view2, ... [N, 3, S, S] uint8 and boxes1, boxes2, ... [N, K, 4]."""
         views = [(colors(batch[f"view{i}"]), batch[f"boxes{i}"]) for i, colors in enumerate(self.photometric, start=1)]
-        normalize = lambda x: F.normalize(*common.to_float32(x), dim=1)                   # under autocast too
+        normalize = lambda x: F.normalize(*common.to_float32(x), dim=1)                   # float32 under autocast too
         v_online = [normalize(self.predictor(self.online(*view))) for view in views]      # Eq. 2, 4: [N*K, dim] each
         with torch.no_grad():
             v_target = [normalize(self.target(*view)) for view in views]                  # Eq. 3, 4
@@ -222,8 +221,9 @@ class SoCo(nn.Module):
 def selective_search(image, space="HSV", scale=500, min_size=10):
     """Boxes by selective search, [n, 4] xyxy in pixels of the image. A.1: scale 500, sigma 0.9 and min_size 10.
 
-    The paper does not name the color space or the number of strategies: we use one, in HSV. The image is first shrunk
-    to at most 500 pixels on its longer side, about the size of ImageNet's, since more pixels are not more objects.
+    The paper does not name the color space or the number of strategies: we use a single strategy, in HSV. The image is
+    first shrunk to at most 500 pixels on its longer side, about the size of ImageNet's, since more pixels are not more
+    objects.
     """
     import cv2
     from cv2 import ximgproc
@@ -240,11 +240,11 @@ def selective_search(image, space="HSV", scale=500, min_size=10):
 
 
 def filter_proposals(boxes, size):
-    """Those of the boxes [n, 4] that Sec. 3.2 keeps in an image of `size` (W, H).
+    """The boxes [n, 4] that Sec. 3.2 keeps in an image of `size` (W, H), in pixels; at least one.
 
-    It keeps boxes with 1/3 <= w/h <= 3 and 0.3 <= sqrt(wh) / sqrt(WH) <= 0.8. If there is none, we keep the boxes of
-    that aspect ratio with sides of at least 32 pixels; if there is none either, all boxes with such sides, or else the
-    whole image.
+    It keeps boxes with 1/3 <= w/h <= 3 and 0.3 <= sqrt(wh) / sqrt(WH) <= 0.8. If none is left, we replace the bounds on
+    the size by sides of at least 32 pixels. If still none is left, we drop the bounds on w/h too. If even then none is
+    left, the whole image is the one box.
     """
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
     aspect = (w <= 3 * h) & (h <= 3 * w)
@@ -262,11 +262,11 @@ def random_boxes(size, n, rng):
     return filter_proposals(points.reshape(-1, 4), size)[:n]
 
 
-PART = 64  # images whose boxes lie in one file until all are made
+PART = 64  # images per temporary file, until all proposals are made
 
 
 def make_proposals(path, source, device):
-    """Make a proposals file by selective search, with all processes; keeps what a killed run had finished."""
+    """Make a proposals file by selective search, in all processes. What a killed run has finished is kept."""
     common.need_opencv("selective search", "--proposals random")
     folder = Path(f"{path}.{zlib.crc32(source.names):08x}.parts")
     parts = [folder / f"{k}.npz" for k in range(-(-len(source) // PART))]
@@ -324,10 +324,9 @@ def read_proposals(path, source):
     if len(offsets) != len(source) + 1:
         common.fail(f"--proposals {path} has boxes of {len(offsets) - 1} images, but --data has {len(source)}")
     if names.tobytes() != source.names.tobytes():
-        there, here = (x.tobytes().decode(errors="replace").split("\0") for x in (names, source.names))
-        for i, (name, ours) in enumerate(zip_longest(there, here)):
-            if name != ours:
-                common.fail(f"--proposals {path} is of other images: number {i} is {name!r} there, {ours!r} in --data")
+        there, here = (x.tobytes().decode(errors="surrogateescape").split("\0") for x in (names, source.names))
+        i, name, ours = next((i, *pair) for i, pair in enumerate(zip_longest(there, here)) if pair[0] != pair[1])
+        common.fail(f"--proposals {path} is of other images: number {i} is {name!r} there, {ours!r} in --data")
     return Proposals(boxes, offsets)
 
 
@@ -367,10 +366,10 @@ COLORS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "white", "dodger
 
 
 def draw_boxes(picture, boxes, labels, side):
-    """A picture [3, S, S] in [0, 1] with its boxes [K, 4], a color each; labels: K texts or None.
+    """A picture [3, S, S] in [0, 1], S <= side, with its boxes [K, 4] in pixels -> [3, side * f, side * f].
 
-    S is `side` at most. A picture of `side` pixels is enlarged to about 256, and a smaller one in proportion; what it
-    lacks is left black, so that all results have one size.
+    It is enlarged f = 256 // side times, or not at all if `side` is above 128. labels: K texts or None. What a smaller
+    picture lacks is left black, so that all results have one size.
     """
     factor = max(1, 256 // side)
     picture = F.interpolate(picture[None], scale_factor=factor)[0]
@@ -379,7 +378,10 @@ def draw_boxes(picture, boxes, labels, side):
 
 
 def save_views(path, model, batch):
-    """Write views.png: the views of a few images side by side. A proposal has one color in all; FPN's show levels."""
+    """Write views.png: the views of a few images side by side.
+
+    A proposal has the same color in all views. With FPN, its level (P2 to P5) is written at each box.
+    """
     columns, size = [], model.online.size
     for i, colors in enumerate(model.photometric, start=1):
         views, boxes = common.denormalize(colors(batch[f"view{i}"])[:8]).cpu(), batch[f"boxes{i}"][:8].cpu()
@@ -410,8 +412,9 @@ def arguments():
     parser = common.Parser(__doc__, PAPER, DEMO)
     add = parser.own.add_argument
     add("--proposals", metavar="FILE.npz|random|whole",
-        help="a file of boxes, made if it is missing; boxes drawn at random (Table 5c); or the whole image (Table 4, "
-             "with --detector c4) (default: OUT/proposals.npz; demo: the drawn objects' true boxes)")
+        help="a file of boxes, made if it is missing; boxes drawn at random (Table 5c); or the whole image (Table 4; "
+             "sets --detector c4 --views 2 --num-proposals 1 --jitter 0) (default: OUT/proposals.npz; demo: the drawn "
+             "objects' true boxes)")
     add("--prepare", action="store_true", help="make the proposals and a picture of some, and stop")
     add("--detector", choices=["fpn", "c4"], help="the detector to pre-train")
     add("--views", type=int, choices=[2, 3, 4],
@@ -438,6 +441,8 @@ def arguments():
     if args.views == 2 and args.small_size:
         common.fail("--small-size is the side of V3, and there is no V3 here: leave it out")
     args.small_size = args.small_size or args.size // 2
+    if args.small_size > args.size:
+        common.fail(f"--small-size {args.small_size} is above --size {args.size}, but V3 is V2 made smaller")
     if args.proposals == "truth" and args.data is not None:
         common.fail("--proposals truth is for the drawn shapes: images of your own have no boxes yet")
     if args.proposals not in ("truth", "random", "whole") and not args.proposals.endswith(".npz"):
@@ -445,15 +450,6 @@ def arguments():
     if args.prepare and args.proposals in ("truth", "random", "whole"):
         common.fail(f"--prepare has nothing to make: --proposals {args.proposals} needs no file")
     return args
-
-
-def evaluate(run, encoder, pair, device):
-    """Write the accuracy of kNN on c4 and, for drawn shapes, that of the object probe on every part of the encoder.
-
-    We take c4 because C4 pools boxes from it, and because with FPN c5 is a weak stage (Table 11).
-    """
-    with common.evaluating(encoder):
-        run.monitor(encoder.backbone, pair, device, stage=4, pool=encoder.pool)
 
 
 def main():
@@ -482,7 +478,7 @@ def main():
     ddp = common.wrap_ddp(model, device, args.compile)
 
     if monitor and run.step == 0:
-        evaluate(run, model.online, monitor, device)
+        run.monitor(model.online, monitor, device, stage=4)  # SoCo-C4 pools boxes from c4; FPN's c5 is weak (Table 11)
     for batch in batches:
         if run.step == 0 and common.rank() == 0:
             common.seed_everything(args.seed, run.step, common.rank())
@@ -501,10 +497,10 @@ def main():
         if run.step % args.print_every == 0:
             run.log(loss, stats, lr)
         if monitor and run.step % run.steps_per_epoch == 0:
-            evaluate(run, model.online, monitor, device)
+            run.monitor(model.online, monitor, device, stage=4)
         if run.step % args.save_every == 0 or run.step == run.last:
             run.save()
-    run.summary(loss=f"0 if nothing is learned, {4 - 4 * args.views} if all is",
+    run.summary(loss=f"from 0 down to {4 - 4 * args.views}, which a collapsed network reaches too",
                 std=f"0 if collapsed, healthy about {args.dim ** -0.5:.3f}")
     common.finish()
 

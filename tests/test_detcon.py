@@ -450,6 +450,19 @@ def test_masks_made_before_are_not_made_again(pictures, tmp_path, monkeypatch):
     assert files[0].exists() and np.asarray(Image.open(files[1])).min() == 77
 
 
+def test_masks_can_be_made_of_the_drawn_shapes_too_whose_names_have_no_extension(tmp_path, monkeypatch):
+    monkeypatch.setitem(detcon.DEMO, "epochs", 1)
+    monkeypatch.setattr(common.Run, "monitor", lambda *args, **more: None)
+    monkeypatch.setattr(common, "open_data", lambda args, single: (common.Shapes(70, 48).draw_all(), None))
+    assert run(monkeypatch, "--masks", "fh", "--out", tmp_path, "--workers", 0) == 0
+    assert len(list((tmp_path / "fh-1000").glob("*.png"))) == 70 and not rows(tmp_path)
+
+
+def test_an_unknown_backbone_is_reported_before_any_mask_is_made(pictures, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *arguments(pictures, tmp_path, "--arch", "resnet51")) == 2
+    assert "unknown --arch resnet51" in capsys.readouterr().err and not (tmp_path / "fh-50").exists()
+
+
 def test_two_processes_make_masks_and_train_and_one_goes_on(pictures, tmp_path, monkeypatch):
     plan = arguments(pictures, tmp_path, "--epochs", 2)
     assert in_two_processes(detcon, *plan, "--max-steps", 4) == [0, 0]

@@ -339,6 +339,11 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_a_usage_error(pictur
     assert error.count("error:") == 1 == error.count(says)
 
 
+def test_with_a_bank_two_processes_may_take_all_images_at_once(pictures, tmp_path):
+    plan = arguments(pictures, tmp_path, "--mechanism", "bank", "--batch-size", "48", "--max-steps", 1)
+    assert in_two_processes(moco, *plan) == [0, 0]
+
+
 def test_a_folder_with_another_run_or_a_damaged_one_is_refused_and_kept(pictures, tmp_path, monkeypatch, capsys):
     plan = arguments(pictures, tmp_path, "--max-steps", 2)
     assert run(monkeypatch, *plan) == 0
