@@ -36,9 +36,8 @@ import struct
 import sys
 import threading
 import time
-import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -58,7 +57,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import pil_to_tensor as to_tensor  # PIL RGB -> uint8 [3, H, W]
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as all five papers use
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB statistics, as in torchvision
 Image.MAX_IMAGE_PIXELS = None                             # --max-pixels is the limit
 
 
@@ -103,15 +102,16 @@ class Stop:
         threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
 
     def receive(self, number, frame):
-        first = self.signal
-        if first and time.monotonic() < self.since + 3:
+        earlier = self.signal
+        if earlier and time.monotonic() < self.since + 3:
             return
         self.signal, self.since = number, time.monotonic()
-        if self.holding and not first:
+        if self.holding and not earlier:
             return
-        if not first and int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, b"stopped by %s: run the same command again to resume\n" % signal.Signals(number).name.encode())
         with suppress(OSError, RuntimeError):  # nobody reads, or the signal came amid a print
+            if not earlier and int(os.environ.get("RANK", 0)) == 0:
+                name = signal.Signals(number).name.encode()
+                os.write(2, b"stopped by %s: run the same command again to resume\n" % name)
             sys.stdout.flush()
         kill_workers()
         os._exit(128 + number)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
@@ -164,7 +164,7 @@ def report_crash(kind, error, trace):
     elif "DataLoader worker" in text:
         line += "; if memory or shared memory (/dev/shm) is short, lower --workers"
     elif fault:
-        line = f"{fault.filename or 'cannot write'}: {fault.strerror or fault}"
+        line = f"{fault.filename}: {fault.strerror}" if fault.filename else str(fault)
     elif not (dist.is_initialized() and re.search("[Cc]onnection|remote process|Gloo|NCCL", text)):
         sys.__excepthook__(kind, error, trace)
         sys.exit(1)
@@ -192,8 +192,8 @@ def init_distributed():
 def rendezvous():
     """Arguments of init_process_group by which the processes find each other, also after torchrun has restarted them.
 
-    Its store then still holds the addresses of dead processes. Process 0 therefore opens a store that ends with itself,
-    and tells the others its port through torchrun's store. If nobody answers there, they look the port up again.
+    torchrun's store then still holds the addresses of dead processes. Process 0 therefore opens a store that ends with
+    itself, and tells the others its port through torchrun's. If nobody answers there, they look the port up again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -279,10 +279,10 @@ def wrap_ddp(model, device, compiled=False):
                 module.apply_draw = torch.compile(module.apply_draw)
     if world_size() == 1:
         return model
-    # Newer versions of torch warn that broadcast_buffers has another name, which 2.11 does not know.
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                              gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # as an attribute: torch 2.15 deprecates the argument
+    return ddp
 
 
 class Shuffle:
@@ -323,7 +323,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([super(GroupBatchNorm2d, self).forward(part) for part in x.chunk(self.groups)])
 
 
-class Normalize(torch.autograd.Function):
+class NormalizeAcrossProcesses(torch.autograd.Function):
     """x normalized by the mean and variance over all processes; the gradient flows through these moments too.
 
     x: [N, C] or [N, C, H, W]; weight, bias, mean, var: [C]; count: [C], how many values a channel has in all processes.
@@ -373,7 +373,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        return Normalize.apply(x, self.weight, self.bias, mean, var, count, self.eps)
+        return NormalizeAcrossProcesses.apply(x, self.weight, self.bias, mean, var, count, self.eps)
 
 
 class Backbone(ResNet):
@@ -535,18 +535,14 @@ class LARS(torch.optim.SGD):
     @torch.no_grad()
     def step(self):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.ndim > 1]
-        gradients = [p.grad for p in params]
         if params:
             norms = lambda tensors: torch.stack(torch._foreach_norm(tensors))
-            updates = torch._foreach_add(gradients, params, alpha=self.weight_decay)
-            weight, gradient, update = norms(params), norms(gradients), norms(updates)
-            ratio = torch.where((weight > 0) & (gradient > 0), self.trust * weight / update, 1.0)
+            updates = [p.grad for p in params]  # from here on a gradient becomes its update, in place
+            weight, gradient = norms(params), norms(updates)
+            torch._foreach_add_(updates, params, alpha=self.weight_decay)
+            ratio = torch.where((weight > 0) & (gradient > 0), self.trust * weight / norms(updates), 1.0)
             torch._foreach_mul_(updates, list(ratio.unbind()))
-            for p, p_update in zip(params, updates):
-                p.grad = p_update  # for SGD's step alone
         super().step()
-        for p, p_gradient in zip(params, gradients):
-            p.grad = p_gradient
 
 
 def cosine(start, end, step, total):
@@ -573,7 +569,8 @@ class Photometric(nn.Module):
 
     The distributions are those of torchvision's ColorJitter (its four operations in a random order, applied with
     probability `jitter_p`), RandomGrayscale, GaussianBlur (`sigma` in pixels of the view; its kernel is a tenth of the
-    view wide, 23 pixels at 224) and RandomSolarize, in this order. The device's default generator draws.
+    view wide, 23 pixels at 224; torchvision mirrors the view at its border, this does not) and RandomSolarize, in this
+    order. The device's default generator draws.
     """
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_p=1.0, grayscale_p=0.0,
@@ -724,7 +721,8 @@ class LazyImage:
     """
 
     def __init__(self, pil, index):
-        self.pil, self.index, self.file, self.scale = pil, index, getattr(pil, "fp", None), None
+        self.pil, self.index = pil, index
+        self.file, self.scale = getattr(pil, "fp", None), None  # the scale at which `pil` was last decoded, if it was
         orientation = 1 if pil.format == "TIFF" else pil.getexif().get(0x0112)  # Pillow turns a TIFF itself
         self.turn = TURNS.get(orientation)
         self.size = pil.size[::-1] if orientation in (5, 6, 7, 8) else pil.size
@@ -742,7 +740,7 @@ class LazyImage:
             image = self.pil
             if image.mode.startswith("I"):  # 16-bit gray: the high byte
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode == "P":           # Pillow takes a palette with transparency to RGB only by way of RGBA
+            if image.mode == "P":           # by way of RGBA, or Pillow warns about a palette with transparency
                 image = image.convert("RGBA")
             if image.mode != "RGB":         # convert would copy an RGB image
                 image = image.convert("RGB")
@@ -864,11 +862,16 @@ class ImageFolder:
         return {"images": len(self), "names": zlib.crc32(self.names)}
 
 
+def check_stems(folder):
+    """Exit with 2 if files of an ImageFolder differ only in their extensions: they would share a PNG of masks."""
+    stem, count = Counter(os.path.splitext(folder.name(i))[0] for i in range(len(folder))).most_common(1)[0]
+    if count > 1:
+        fail(f"{count} images are named {stem} with different extensions and would share a mask: rename them")
+
+
 def scan(root):
     """The paths of all images below `root`, each ended by a zero byte, sorted by folder and then by name."""
-    def refuse(error):
-        fail(f"cannot list {os.fsdecode(error.filename)}: {error.strerror}")
-
+    refuse = lambda error: fail(f"cannot list {os.fsdecode(error.filename)}: {error.strerror}")
     root, found, visited = os.path.join(root, b""), {}, set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         stat = os.stat(folder)
@@ -890,8 +893,8 @@ def polygon(k):
     return lambda u, v, r, a: r * np.cos(a % (2 * np.pi / k) - np.pi / k) - np.cos(np.pi / k)
 
 
-# {class: (outline, pattern)}, functions of a point of the shape: (u, v) in [-1, 1], and the same in polar coordinates
-# (r, a). A point is inside the shape if its outline is <= 0, and has the second color if its pattern is > 0.
+# {class: (outline, pattern)}, functions of a point: (u, v), from -1 to 1 across the shape, and the same in polar
+# coordinates (r, a). A point is inside the shape if its outline is <= 0, and has the second color if pattern is > 0.
 SHAPE_CLASSES = {
     "ball": (lambda u, v, r, a: r - 0.95, lambda u, v, r, a: np.sin(9 * v)),
     "tile": (lambda u, v, r, a: np.maximum(abs(u), abs(v)) - 0.8, lambda u, v, r, a: np.sin(7 * u) * np.sin(7 * v)),
@@ -931,8 +934,9 @@ class Shapes(ImageFolder):
     def scene(self, i):
         """(image [S, S, 3] uint8, boxes [n, 4] float32 xyxy pixels, masks [n, S, S] bool, classes [n] int64).
 
-        Boxes and masks are of what is visible. An object of which more than 60 % is hidden is not listed. No torch in
-        here: it would wait forever for its threads, which do not survive the fork of `draw_all`.
+        Boxes and masks are of what is visible. An object is not listed if more than 60 % of it is hidden, or if it
+        shows fewer than 9 pixels. No torch in here: it would wait forever for its threads, which do not survive the
+        fork of `draw_all`.
         """
         rng = np.random.default_rng((3, self.seed, i))
         size, grid = self.size, np.arange(self.size) + 0.5
@@ -1035,7 +1039,7 @@ class Views(Dataset):
             except Unreadable as error:
                 bad = bad or f"{self.source.name(index)} ({error})"
                 index = int(rng.integers(len(self.source)))
-        raise Unreadable(f"{bad}, nor 19 others in a row, more than 1 %: mend or remove them")
+        raise Unreadable(f"{bad}, nor 19 others in a row, more than 1 %: fix or remove them")
 
 
 def global_batches(images, batch_size, seed, first, last):
@@ -1085,7 +1089,7 @@ class Loader:
                        for name, x in batch.items()}
                 start = time.perf_counter()
         except Unreadable as error:
-            fail(f"cannot decode {str(error).splitlines()[-1]}", everywhere=True)
+            fail(f"cannot decode {str(error).splitlines()[-1].rpartition('Unreadable: ')[2]}", everywhere=True)
 
     def report_bad_files(self, reports):
         self.seen += len(reports)
@@ -1095,7 +1099,7 @@ class Loader:
             print(f"cannot decode {report}: another image takes its place", file=sys.stderr, flush=True)
         if len(bad) > 0.01 * min(len(self.source), max(self.seen, 1000)):  # a few at the start prove nothing
             fail(f"{len(bad)} of the first {min(self.seen, len(self.source))} files cannot be decoded, more than "
-                 "1 %: mend or remove them", everywhere=True)
+                 "1 %: fix or remove them", everywhere=True)
 
 
 # --- Weights to start from -------------------------------------------------------------------------------------------
@@ -1105,7 +1109,7 @@ NETWORKS = {"moco": ("encoder_q", "encoder_k"), "detco": ("encoder_q", "encoder_
             "soco": ("online", "target"), "detcon": ("online", "target")}
 
 # {our module: theirs}. {0}, {1} and {2} count from 0, 1 and 2; {b} is a block, {c} one of its convolutions, and {n} the
-# mark of a network, as in LAYOUTS. All fc1 flatten a RoI in the same order: channel, row, column.
+# mark of a network, as in LAYOUTS. All fc1 flatten an RoI in the same order: channel, row, column.
 RESNET = {"backbone.conv1": "conv1", "backbone.bn1": "bn1", "backbone.layer{1}": "layer{1}"}
 MOCO = {"backbone": "encoder{n}", "projector": "encoder{n}.fc", "queue.keys": "queue", "queue.position": "queue_ptr"}
 SOCO = {
@@ -1180,7 +1184,7 @@ def unpickled(path):
     except Exception as error:  # a damaged file may make anything of an unpickler
         other = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it holds {other[1]}, and only tensors, arrays and plain values are read" if other else str(error)[:80]
-        fail(f"{path} cannot be read ({' '.join(why.split())}): remove it, or take another")
+        fail(f"{path} cannot be read ({' '.join(why.split())}): take another file, or remove it if it is damaged")
 
 
 class Weights(NamedTuple):
@@ -1261,7 +1265,8 @@ def layout(path, state, model):
     places = {}
     for mark, network in reversed(marks.items()):  # the online network last: it gets what has no mark, as a queue
         places |= {there: (network, here) for here, there in module_names(table, mark).items()}
-    return f"{method} of this project" if method else what, method or theirs, places
+    what = f"{method} of this project" if method else what
+    return what, method or theirs, places
 
 
 def backbone_arch(path, arch, tensors):
@@ -1305,7 +1310,8 @@ def start_from(model, method, weights):
     Backbone, pyramid and box head are taken from any file, other parts only from a file of the same method. A part is
     taken if all its names and shapes are those of the model.
     """
-    state, same_method, loaded, taken = model.state_dict(), weights.method == method, {}, {}
+    state, same_method = model.state_dict(), weights.method == method
+    loaded, taken = {}, {}  # taken: {part: True}, in order and each part once
     shapes = lambda tensors: {name: x.shape for name, x in tensors.items()}
     sources = weights.online, weights.target if same_method and weights.target else weights.online
     for network, tensors in zip(NETWORKS[method], sources):
@@ -1385,7 +1391,7 @@ def read_log(path):
         if not all(isinstance(row["step"], int) for row in rows):
             raise ValueError("a step is not a number")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{path} is not a log.jsonl of this project ({type(error).__name__}: {error}): mend or remove it")
+        fail(f"{path} is not a log.jsonl of this project ({type(error).__name__}: {error}): fix or remove it")
     return rows
 
 
@@ -1425,7 +1431,7 @@ class Run:
         other = [f"{name} {there.get(name)} (now {here.get(name)})" for name in sorted(here.keys() | there.keys())
                  if here.get(name) != there.get(name)]
         if other:
-            fail(f"{self.out} holds a run with other settings: {', '.join(other)}; mend them or take another --out")
+            fail(f"{self.out} holds a run with other settings: {', '.join(other)}; correct them or take another --out")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -16,9 +16,7 @@ Writes last.pt, log.jsonl, views.png and, with --masks fh, fh-1000/ to --out; ru
 last.pt's `model`, `online.backbone.*` has the layout of torchvision's ResNet.
 """
 import copy
-import os
 import zlib
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -357,9 +355,7 @@ def open_masks(args, source, device):
         return lambda image: squares, args.masks
     if args.masks == "truth":
         return lambda image: source.segments[image.index], args.masks
-    stem, count = Counter(os.path.splitext(source.name(i))[0] for i in range(len(source))).most_common(1)[0]
-    if count > 1:
-        common.fail(f"{count} images are named {stem} with different extensions and would share a mask: rename them")
+    common.check_stems(source)
     folder = args.masks
     if args.masks == "fh":
         folder = Path(args.out, "fh-" + "-".join(map(str, args.fh_scale)))

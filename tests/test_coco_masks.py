@@ -72,7 +72,7 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path, 
         Image.new("RGB", (30, 20)).save(tmp_path / "images" / name)
     one, two = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     one[2:5, 3:9], two[4:18, 5:25] = True, True
-    annotation = lambda mask, crowd=0: {"image_id": 7, "iscrowd": crowd, "area": int(mask.sum()),
+    annotation = lambda mask, crowd=0: {"image_id": 7, "iscrowd": crowd, "bbox": [0, 0, 1, int(mask.sum())],
                                         "segmentation": {"size": [20, 30], "counts": runs(mask)}}
     dataset = {"images": [{"id": 7, "file_name": "a/1.jpg", "width": 30, "height": 20},
                           {"id": 8, "file_name": "2.jpg", "width": 30, "height": 20}],
@@ -91,7 +91,7 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path, 
         annotation["category_id"] = category
     dataset["annotations"].append({**dataset["annotations"][1],
                                    "segmentation": {"size": [20, 30], "counts": runs(np.ones((20, 30), bool))},
-                                   "area": 600})
+                                   "area": 600})                                           # the others have no area
     (tmp_path / "annotations.json").write_text(json.dumps(dataset))
     assert run_script(coco_masks, monkeypatch, "--labels", *places[:2], tmp_path / "labels") == 0
     label = np.asarray(Image.open(tmp_path / "labels" / "a" / "1.png"))
@@ -101,6 +101,9 @@ def test_objects_become_bits_of_a_png_that_detcon_reads_largest_first(tmp_path, 
     assert run_script(coco_masks, monkeypatch, *places[:2], tmp_path / "labels" / ".." / "images") == 2
     assert "holds the images" in capsys.readouterr().err
     assert before == [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.*"))]
+    Image.new("RGB", (30, 20)).save(tmp_path / "images" / "2.png")
+    assert run_script(coco_masks, monkeypatch, *places) == 2
+    assert "2 images are named 2 with different extensions" in capsys.readouterr().err
     (tmp_path / "annotations.json").write_text("{}")
     assert run_script(coco_masks, monkeypatch, *places) == 2
     error = capsys.readouterr().err

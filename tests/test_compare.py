@@ -242,6 +242,7 @@ def test_wrong_flags_and_data_end_with_one_line_before_anything_runs(data, tmp_p
                         (["--seeds", 0], "at least 1"), (["--methods", "byol"], "invalid choice"),
                         (["--shares", 0], "at least"), (["--add", "sooc", "--lr 3"], "--add sooc"),
                         (["--add", "soco", "--lr '3"], "No closing quotation"),
+                        ([*data, "--knn", tmp_path / "typo"], "no such folder"),
                         ([*data, "--out", tmp_path / "file"], "cannot write --out"),
                         ([*data, "--train", images, tmp_path / "broken.json"], "not a COCO annotation file"),
                         ([*data, "--train", images, tmp_path / "nothing.json"], "not a COCO annotation file"),
@@ -249,3 +250,5 @@ def test_wrong_flags_and_data_end_with_one_line_before_anything_runs(data, tmp_p
         assert run(monkeypatch, *flags) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, flags
+    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
+    assert run(monkeypatch, *data) == 2 and "pip install pycocotools, or take --steps 0" in capsys.readouterr().err

@@ -310,6 +310,9 @@ def test_a_data_set_that_is_not_there_is_named_before_anything_is_built(tmp_path
     monkeypatch.setattr(train_net, "MetadataCatalog", {"photos": metadata}, raising=False)
     monkeypatch.setattr(train_net, "DatasetCatalog", SimpleNamespace(list=lambda: ["photos"]), raising=False)
     assert "does not know the data set films" in refused(capsys, train_net.check_data, config(train=("films",)))
+    train_net.register_subset("fotos_5percent")                             # of a data set that there is not
+    line = refused(capsys, train_net.check_data, config(train=("fotos_5percent",)))
+    assert "does not know the data set fotos_5percent" in line
     line = refused(capsys, train_net.check_data, config())
     assert "annotations.json is missing" in line and "DETECTRON2_DATASETS" in line
     (tmp_path / "annotations.json").touch()

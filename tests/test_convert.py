@@ -243,6 +243,13 @@ def bad(tmp_path, kind):
     return tmp_path / "last.pt"
 
 
+@pytest.mark.parametrize("to, file", [("detectron2", "out.pth"), ("torchvision", "out.pkl"), ("resnet", "out.pkl")])
+def test_names_that_do_not_fit_the_files_extension_are_refused(tmp_path, monkeypatch, capsys, to, file):
+    assert run(monkeypatch, tmp_path / "last.pt", tmp_path / file, "--to", to) == 2
+    error = capsys.readouterr().err
+    assert f"--to {to} does not fit" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("kind, says", [("missing", "cannot be read"), ("text", "cannot be read"),
                                         ("tensors", "conv1.weight is [1] there"),
                                         ("no target", "--part online"), ("detector", "is of detect")])

@@ -69,6 +69,21 @@ def test_a_second_signal_ends_a_run_at_once_unless_it_is_an_echo(monkeypatch, ho
     assert ended == ends
 
 
+def stop_without_a_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    common.stop.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_program_whose_messages_nobody_reads_ends_with_the_signals_code_too(tmp_path):
+    process = fork(tmp_path / "said.txt", stop_without_a_reader)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
 class Dropping:
     """Gets a signal where Python drops exceptions."""
 
@@ -166,6 +181,7 @@ def test_a_disk_that_is_full_when_the_log_is_written_is_named(tmp_path):
 
 @pytest.mark.parametrize("error, code, says", [
     (OSError(errno.ENOSPC, "No space left on device", "out/last.pt"), 1, "out/last.pt: No space left on device"),
+    (OSError(errno.EMFILE, "Too many open files"), 1, "error: [Errno 24] Too many open files"),
     (MemoryError(), 2, "out of memory: lower --queue"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), 2, "out of memory: lower"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory: lower"),

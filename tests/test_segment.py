@@ -139,7 +139,7 @@ def test_image_and_label_map_are_cut_scaled_and_mirrored_together():
             return label
     flipped, seen, inside = 0, set(), []
     for seed in range(60):
-        out = segment.random_crop(common.LazyImage(Image.fromarray(picture), 0), np.random.default_rng(seed), 97,
+        out = segment.training_view(common.LazyImage(Image.fromarray(picture), 0), np.random.default_rng(seed), 97,
                                   Source())
         assert out["image"].shape == (3, 97, 97) and out["label"].shape == (97, 97)
         assert out["label"].dtype == torch.uint8
@@ -300,11 +300,16 @@ def torn(data):
     path.write_bytes(path.read_bytes()[:60])
 
 
+def shared(data):
+    Image.new("RGB", (8, 8)).save(next((data / "val" / "images").rglob("3.*")).with_suffix(".bmp"))
+
+
 def missing(data):
     next((data / "val" / "labels").rglob("3.png")).unlink()
 
 
 @pytest.mark.parametrize("harm, message, workers", [
+    (shared, "3 with different extensions and would share", 0),
     (bad_size, "rows by columns", 0), (bad_value, "holds the label 9", 0), (colors, "one gray or palette", 0),
     (torn, "cannot be decoded", 0), (missing, "no label map", 0), (bad_size, "rows by columns", 1)])
 def test_a_bad_label_map_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, harm, message, workers):
@@ -312,7 +317,7 @@ def test_a_bad_label_map_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatc
     harm(data)
     assert run(monkeypatch, *TINY[:-1], workers, "--data", data, "--iterations", 3, "--out", tmp_path / "out") == 2
     error = capfd.readouterr().err
-    assert message in error and "3.png" in error and error.count("\n") == 1 and "Traceback" not in error
+    assert message in error and "3" in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 def test_a_cityscapes_map_of_16_bits_is_a_bad_label_map(tmp_path):

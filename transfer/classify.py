@@ -1,16 +1,16 @@
-"""Evaluates features: object probe, linear probe, SVMs and nearest neighbors of a frozen network; and fine-tunes it.
+"""Evaluates a frozen network's features (object probe, linear probe, SVMs, nearest neighbors), or fine-tunes it.
 
     python transfer/classify.py --init runs/soco/last.pt --protocol objects --train IMAGES JSON --val IMAGES JSON
     python transfer/classify.py --init runs/soco/last.pt --protocol objects                   the same on drawn shapes
-    python transfer/classify.py --init random --arch resnet18 --protocol supervised     its ceiling: trained on labels
+    python transfer/classify.py --init random --arch resnet18 --protocol supervised   the probe's ceiling: on labels
     python transfer/classify.py --init runs/moco/last.pt --data /imagenet                 linear probe (MoCo Sec. 4.1)
-    python transfer/classify.py --init random --data DIR --protocol knn                       c2 to c5 beside each other
+    python transfer/classify.py --init random --data DIR --protocol knn                    nearest neighbors on c2 to c5
     python transfer/classify.py --init runs/detco/last.pt --data VOC2007 --protocol svm      DetCo Table 2, DUPR Table 6
     python transfer/classify.py --init resnet50.pth --data DIR --protocol finetune            end to end (MoCo A.6, A.7)
     torchrun --nproc_per_node=8 transfer/classify.py ...                                      the same, sooner
 
-The object probe asks what a detector asks: which class is the object in a box? It classifies every box of COCO
-annotations by the features of each stage; with SoCo's weights, also by those of the pyramid and the box head.
+The object probe asks what a detector asks: which class is the object in a box? It classifies about --boxes annotated
+boxes by the features of each stage; for SoCo with FPN, also by those of the pyramid and the box head.
 
 DIR has train/ and val/ with a folder for each class; svm also reads VOC2007 as it is. objects, supervised, knn and svm
 print a table and write it to --out. linear, finetune and supervised write last.pt and log.jsonl there; the same command
@@ -73,7 +73,7 @@ def open_labeled(args):
     """(training images, test images, (labels of both), number of classes). Labels are [N], or [N, K] of VOC."""
     voc = Path(args.data, "ImageSets", "Main").is_dir()
     if voc and args.protocol != "svm":
-        common.fail(f"{args.data} is VOC's, whose images show several classes: take --protocol svm")
+        common.fail(f"{args.data} is PASCAL VOC, whose images may show several classes: take --protocol svm")
     if voc:
         train, val = (VOC2007(args.data, split) for split in ("trainval", "test"))
     else:
@@ -182,7 +182,7 @@ def train(args, source, model, views, device, collate=None, evaluate_epoch=None)
 
 
 def train_classifier(args, device):
-    """The protocols linear and finetune, evaluated after each epoch."""
+    """Run --protocol linear or finetune: train, evaluate after each epoch, and print the last and best accuracy."""
     source, val, labels, classes = open_labeled(args)
     backbone = convert.backbone(args, common.SyncBatchNorm)
     model = Classifier(backbone, args.stage, classes, frozen=args.protocol == "linear")
@@ -222,7 +222,7 @@ def pooled_features(backbone, source, stage, args, device):
 
 
 def compare_stages(args, device):
-    """The protocols knn and svm, on c2 to c5."""
+    """Run --protocol knn or svm on c2 to c5, and print the table."""
     source, val, labels, classes = open_labeled(args)
     backbone = convert.backbone(args).to(device, memory_format=torch.channels_last).eval()
     single, stages = labels[0].ndim == 1, {}
@@ -259,26 +259,27 @@ def open_objects(args):
 class BoxEncoder(nn.Module):
     """The network that --init names. It encodes boxes by c2 to c5, and by pyramid and box head if it has both.
 
-    SoCo with FPN has them, and so have random and random0.
+    SoCo with FPN has them, and so do random and random0.
     """
 
     def __init__(self, args):
         super().__init__()
         detector = ("backbone", "fpn", "head")
-        tensors, _ = convert.initial(args, detector)
-        parts = common.parts(tensors)
-        self.encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1)  # its projector is not used
-        self.encoder.backbone = common.resnet(args.arch, common.SyncBatchNorm)  # no gamma at zero, unlike SoCo's
+        tensors, settings = convert.initial(args, detector)
+        parts, levels = common.parts(tensors), not settings.get("no_levels")
+        backbone = common.resnet(args.arch, common.SyncBatchNorm)  # drawn first: `random` is then knn's and detect.py's
+        self.encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1, levels=levels)  # no projector
+        self.encoder.backbone = backbone  # no gamma at zero, unlike SoCo's
         for part in detector:
             self.encoder.load_state_dict(parts[part], strict=False)
-        detects = args.init in convert.UNTRAINED or parts["head"]
-        self.pool = self.encoder.pool if detects else common.pool_stages
+        has_head = args.init in convert.UNTRAINED or parts["head"]
+        self.pool = self.encoder.pool if has_head else common.pool_stages
         self.normalize = common.Photometric()
 
     def forward(self, views, boxes):
-        """{"c2": features [n, D] of all boxes, ...}.
+        """{"c2": [n, D], ..., "c5"}, and "pyramid" and "head" if it has both: the features of all n boxes.
 
-        views: [N, 3, S, S] uint8; boxes: a list of [k, 4], one an image, in its pixels.
+        views: [N, 3, S, S] uint8; boxes: N tensors [k, 4], xyxy in pixels of the views.
         """
         return self.pool(self.encoder.backbone(self.normalize(views)), boxes)
 
@@ -309,7 +310,7 @@ def draw_images(source, boxes, rng):
 
 
 def effective_rank(x):
-    """RankMe (Garrido et al. 2023): over how many directions features x [N, D] spread, from 1 to min(N, D).
+    """The number of directions over which features x [N, D] spread, from 1 to min(N, D): RankMe (Garrido et al. 2023).
 
     It is low if a network has collapsed onto a few directions. The features are centered first. It grows with N, so
     compare ranks of the same number of boxes.
@@ -319,13 +320,13 @@ def effective_rank(x):
 
 
 def probe_objects(args, device):
-    """The protocols objects and supervised; the latter trains first."""
+    """Run --protocol objects, or supervised, which trains the network first; print the table of all parts."""
     source, val, classes = open_objects(args)
     network = BoxEncoder(args)
     if args.protocol == "supervised":
-        many = source if args.train else common.Shapes(SHAPES["unlabeled"], SHAPES["size"], args.seed).draw_all()
-        views = partial(common.object_view, source=many, size=args.size)
-        run = train(args, many, Supervised(network.encoder.backbone, classes), views, device, common.collate_lists)
+        learn = source if args.train else common.Shapes(SHAPES["unlabeled"], SHAPES["size"], args.seed).draw_all()
+        views = partial(common.object_view, source=learn, size=args.size)
+        run = train(args, learn, Supervised(network.encoder.backbone, classes), views, device, common.collate_lists)
         network.pool = common.pool_stages
         if run.step < run.total:
             return
@@ -340,7 +341,7 @@ def probe_objects(args, device):
         scores = common.ridge(x[name], y, x_val[name])
         parts[name] = {"accuracy": (scores.argmax(dim=1) == label_val).float().mean().item(),
                        "mAP": svm.average_precision(scores, 2 * y_val - 1).nanmean().item(),
-                       "rank": effective_rank(x_val[name][:1000])}  # of 1000 boxes, if there are so many
+                       "rank": effective_rank(x_val[name][:1000])}  # of 1000; which ones depends on the processes
     print_table(args, f"{args.init}, {len(y)} boxes to learn from, {len(y_val)} to evaluate on, {classes} classes "
                       f"({y_val.float().mean(dim=0).max():.1%} are of the most frequent)", parts)
 

@@ -15,7 +15,7 @@ from transfer.coco_masks import decode
 # --- Annotated images ------------------------------------------------------------------------------------------------
 
 def keep_images(folder, names, what):
-    """Reduce `folder` to the images `names`, a list of bytes, in that order. what: the file that does."""
+    """Reduce `folder` to the images `names`, a list of bytes, in that order. what: the list's name, for the errors."""
     missing = sorted(set(names) - set(folder.names.tobytes().split(b"\0")))
     if missing:
         common.fail(f"{folder.root} lacks {len(missing)} of the {len(names)} images of {what}: "
@@ -25,13 +25,22 @@ def keep_images(folder, names, what):
     folder.keep(b"\0".join(names) + b"\0")
 
 
+def need_pycocotools(instead):
+    """Exit with 2 if the package that computes AP is not installed. instead: the flag that does without it."""
+    try:
+        import pycocotools.cocoeval  # noqa: F401
+    except ImportError:
+        common.fail(f"AP needs the package pycocotools: pip install pycocotools, or take {instead}")
+
+
 class CocoFolder(common.ImageFolder):
     """The images of a COCO annotation file and their objects, crowds left out.
 
-    training: only images that show an object; needs: "segmentation" or "keypoints", if objects must have them.
-    `.classes`: {category id: name}; `.keypoints`: the names of the keypoints; `.ids`: COCO's image ids. Exits with 2 if
-    the file has no COCO annotations or an object lacks its segmentation; leaves out objects without a visible keypoint.
-    The annotations lie in one buffer as text, since Python objects would be copied into every loader worker.
+    training: leave out images without objects. needs: "segmentation" or "keypoints", if every object must have them.
+    `.classes`: {category id: name}; `.keypoints`: the names of the keypoints; `.ids`: COCO's image ids. An object
+    without a visible keypoint is left out; one without a segmentation ends the program with code 2, as does a file
+    without COCO annotations. The annotations lie in one buffer as text, since Python objects would be copied into every
+    loader worker.
     """
 
     def __init__(self, folder, path, training, needs=None):

@@ -102,7 +102,8 @@ def main():
                  for image in dataset["images"]}
         order = sorted(category["id"] for category in dataset["categories"]) if args.labels else []
         objects = {}
-        for annotation in sorted(dataset["annotations"], key=lambda annotation: -annotation["area"]):
+        area = lambda annotation: annotation.get("area") or annotation["bbox"][2] * annotation["bbox"][3]
+        for annotation in sorted(dataset["annotations"], key=area, reverse=True):
             if not annotation.get("iscrowd"):
                 label = 1 + order.index(annotation["category_id"]) if args.labels else None
                 objects.setdefault(annotation["image_id"], []).append((annotation["segmentation"], label))
@@ -111,10 +112,11 @@ def main():
     if len(order) > 254:
         common.fail(f"{args.annotations} has {len(order)} categories: an 8-bit label map has room for 254")
     source, draw, empty = common.ImageFolder(args.images), draw_labels if args.labels else draw_bits, 0
+    common.check_stems(source)
     for i in range(len(source)):
         name = source.name(i)
         if name not in known:
-            common.fail(f"{args.annotations} does not know the image {name}")
+            common.fail(f"{args.annotations} has no entry for the image {name}")
         image, size = known[name]
         path = Path(args.masks, name).with_suffix(".png")
         try:
@@ -128,7 +130,7 @@ def main():
             common.fail(f"{args.annotations}: an object of {name} cannot be drawn ({error})")
         empty += image not in objects
     print(f"{len(source)} files in {args.masks}; {empty} images have no object"
-          + ("" if args.labels else ": each is one mask as a whole"))
+          + ("" if args.labels else ": the whole image is then one mask"))
 
 
 if __name__ == "__main__":

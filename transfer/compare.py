@@ -2,7 +2,7 @@
 
     python transfer/compare.py                                         drawn shapes, about an hour on two cores
     python transfer/compare.py --data DIR --train IMAGES JSON --val IMAGES JSON --arch resnet18 --size 128
-    python transfer/compare.py --methods moco soco --seeds 1 ...       some of it
+    python transfer/compare.py --methods moco soco --seeds 1 ...       only a part of it
     python transfer/compare.py --add soco "--proposals boxes.npz" ...  flags for one of the scripts
     python transfer/compare.py --init ckpt_epoch_400.pth ...           beside weights that exist, ours or the authors'
 
@@ -11,8 +11,8 @@ takes for a short run, except for those in SHORT. `random` is an untrained netwo
 residual blocks begin as the identity, as SoCo's and DetCon's do. `supervised`, a ceiling, is trained on the labels of
 --train and sees as many images. Each is evaluated by classify.py's objects (and by knn, with --knn), and by the AP of
 detectors that detect.py trains on --shares of the labels, with a backbone that is tuned and with one that is frozen.
-Images are then about 800 / 224 times as large as pre-training's views, as detectors see them. `gain` is the AP minus
-that of detectors with untrained networks and the same labels.
+Images for the probe and the detectors are about 800 / 224 times as large as the views, as in the papers. `gain` is
+the AP minus that of detectors with untrained networks and the same labels.
 
 Writes table.md, chart.png and the scripts' own files to --out; the same command again resumes. GPUs work together on
 one network; a CPU's cores work on a network each.
@@ -42,9 +42,9 @@ import soco  # noqa: E402
 from transfer import coco, convert, page  # noqa: E402
 
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
-OWN = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # no demo decides these
+UNUSED = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # of DEMO: flags decide these
 SHORT = {**dict.fromkeys(("moco", "detco", "dupr"), dict(lr=1.0, bn_splits=2)),  # tuned on seed 0 of the drawn shapes
-         "soco": dict(detector="fpn", lr=8.0, warmup=1, num_proposals=3)}
+         "soco": dict(lr=64.0)}
 SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)       # drawn pictures
 
 
@@ -85,13 +85,17 @@ def draw_shapes(folder, size):
             Image.fromarray(single.scene(i)[0]).save(path)
 
 
+def fewest_images():
+    """The least number of images that a detector can learn from: two, and one for each GPU."""
+    return max(2, torch.cuda.device_count())
+
+
 def open_annotated(args):
     """The annotated training images. Exits with 2 if these or those of --val are of no use."""
     train, val = (coco.CocoFolder(*source, training=True) for source in (args.train, args.val))
     coco.check_classes(train, val, (args.train[1], args.val[1]))
-    least = max(2, torch.cuda.device_count())
-    if len(train) < least:
-        common.fail(f"{args.train[1]} has objects in {len(train)} images: take {least} or more")
+    if len(train) < fewest_images():
+        common.fail(f"{args.train[1]} has objects in {len(train)} images: take {fewest_images()} or more")
     return train
 
 
@@ -103,7 +107,7 @@ def share_labels(path, shown, shares, draws, folder):
     dataset = json.loads(Path(path).read_text())
     labels = {(1, draw): (path, len(shown)) for draw in range(draws)}
     for share, draw in product(set(shares) - {1}, range(draws)):
-        count = max(2, torch.cuda.device_count(), round(share * len(shown)))
+        count = max(fewest_images(), round(share * len(shown)))
         kept = set(np.random.default_rng(draw).permutation(sorted(shown))[:count].tolist())
         part = {**dataset, "images": [image for image in dataset["images"] if image["id"] in kept],
                 "annotations": [annotation for annotation in dataset["annotations"] if annotation["image_id"] in kept]}
@@ -151,11 +155,11 @@ def tasks(args, method, seed):
     elif method in args.files:
         start = ["--init", args.files[method]]
     else:
-        demo = {name: x for name, x in import_module(method).DEMO.items() if name not in OWN} | SHORT.get(method, {})
-        demo = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
+        demo = {name: x for name, x in import_module(method).DEMO.items() if name not in UNUSED} | SHORT.get(method, {})
+        words = [word for name, x in demo.items() for word in (f"--{name.replace('_', '-')}", x)]
         added = [word for name, flags in args.add if name == method for word in shlex.split(flags)]
         flags = ["--data", args.data, "--epochs", args.epochs, "--size", args.size, "--batch-size", args.batch_size]
-        todo.append(("pre-training", f"{method}.py", [*flags, *demo, *network, *added], out / "last.pt"))
+        todo.append(("pre-training", f"{method}.py", [*flags, *words, *network, *added], out / "last.pt"))
     probe = [*start, *amp, "--seed", seed, "--out", out]
     if args.several_classes and method != "supervised":
         flags = [*probe, "--protocol", "objects", *annotated]
@@ -197,21 +201,21 @@ class TimeLeft:
 
 
 def work(args, method, seed, time_left, running):
-    """Do all tasks of one network that have not been done. If one fails, returns a message, else None.
+    """Do all tasks of one network that have not been done. Returns an error message if one fails, else None.
 
-    running: the set of processes at work, which this keeps.
+    running: the set of running processes of all networks; this adds each of its own, and removes it when it ends.
     """
     out = args.out / f"{method}-{seed}"
     out.mkdir(exist_ok=True)
-    alone = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    environment = os.environ if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
     for kind, script, flags, result in tasks(args, method, seed):
-        mark, said, start = result.with_suffix(".done"), shlex.join([script, *flags]), time.perf_counter()
-        if mark.exists() and mark.read_text() == said:
+        mark, command, start = result.with_suffix(".done"), shlex.join([script, *flags]), time.perf_counter()
+        if mark.exists() and mark.read_text() == command:
             time_left.done(out.name, kind)
             continue
         with open(out / "output.txt", "a") as file:
-            print(f"\n$ {said}", file=file, flush=True)
-            process = subprocess.Popen(command_of(script, flags), stdout=file, stderr=file, env={**os.environ, **alone})
+            print(f"\n$ {command}", file=file, flush=True)
+            process = subprocess.Popen(command_of(script, flags), stdout=file, stderr=file, env=environment)
             running.add(process)
             code = process.wait()
             running.remove(process)
@@ -219,7 +223,7 @@ def work(args, method, seed, time_left, running):
             lines = (out / "output.txt").read_text().strip().splitlines()
             last = next((line for line in reversed(lines) if "error: " in line), lines[-1])  # torchrun adds lines
             return f"{out.name}, {kind} ended with exit code {code}: {last[:200]} (more of it in {out}/output.txt)"
-        mark.write_text(said)
+        mark.write_text(command)
         time_left.done(out.name, kind, time.perf_counter() - start)
     return None
 
@@ -227,7 +231,7 @@ def work(args, method, seed, time_left, running):
 def work_on(args, networks):
     """Do all tasks of the networks, several at a time. If one fails or a signal comes, stops the others and exits."""
     kinds = [kind for network in networks for kind, *_ in tasks(args, *network)]
-    time_left, running, told, error = TimeLeft(kinds, args.jobs), set(), set(), None
+    time_left, running, terminated, error = TimeLeft(kinds, args.jobs), set(), set(), None
     common.stop.holding = True  # a signal is noted, and passed on below
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = pending = {pool.submit(work, args, *network, time_left, running) for network in networks}
@@ -237,9 +241,9 @@ def work_on(args, networks):
             error = next(filter(None, failures), None)
         pool.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in futures):
-            for process in running - told:
+            for process in running - terminated:
                 process.terminate()  # it saves what it has
-                told.add(process)
+                terminated.add(process)
             time.sleep(0.1)
     common.stop.holding = False
     if common.stop.signal:
@@ -265,7 +269,7 @@ def figures(args, method, seed):
     if (out / "log.jsonl").exists():
         speeds = [row["images_per_s"] for row in common.read_log(out / "log.jsonl") if "images_per_s" in row]
         if speeds:
-            found["minutes"] = args.epochs * args.images / np.mean(speeds) / 60
+            found["minutes"] = args.epochs * args.images * np.mean(1 / np.array(speeds)) / 60
     return found
 
 
@@ -284,7 +288,7 @@ def gains(found):
     """{method: (mean, standard error)}: how much higher its APs are than those of the untrained networks.
 
     found: {method: [(draw, AP)]}. APs are compared on the same draw of the labels, since draws differ as much as
-    methods do.
+    methods do. The error is approximate: it takes all detectors for independent, though some share a network.
     """
     untrained = defaultdict(list)
     for draw, ap in (pair for method in convert.UNTRAINED for pair in found[method]):
@@ -368,7 +372,7 @@ def arguments():
     add("--epochs", type=count, default=8, help="passes over --data (default: 8)")
     add("--batch-size", type=common.bounded(int, 8), default=64, help="images a step of pre-training (default: 64)")
     add("--steps", type=common.bounded(int, 0), default=300,
-        help="to fine-tune a detector, 8 images each, rounded to whole epochs (default: 300; 0: no detectors)")
+        help="steps of a detector's training, 8 images each, rounded to whole epochs (default: 300; 0: no detectors)")
     add("--backbones", nargs="+", choices=["tuned", "frozen"], default=["tuned", "frozen"],
         help="whether a detector trains the backbone too, or takes it as it is, as in DetCon Sec. 4.3 (default: both)")
     add("--shares", type=common.bounded(float, 1e-6, 1), nargs="+", default=[0.1],
@@ -384,7 +388,7 @@ def arguments():
                     "to learn from and to evaluate on")
     for name in ("methods", "shares", "backbones"):  # each once
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    args.files = {"-".join(path.absolute().with_suffix("").parts[-2:]): path for path in args.init}
+    args.files = {"-".join(path.absolute().with_suffix("").parts[1:][-2:]): path for path in args.init}
     if len(args.files) < len(args.init):
         common.fail("two files of --init have the same name in folders of the same name: rename one")
     for path in args.init:
@@ -397,7 +401,7 @@ def arguments():
             shlex.split(flags)
         except ValueError as error:
             common.fail(f"--add {name} {flags}: {error}")
-    if args.batch_size != even_batch(args.batch_size, args.batch_size):
+    if args.batch_size % max(1, torch.cuda.device_count()):
         common.fail(f"--batch-size {args.batch_size} does not divide over {torch.cuda.device_count()} GPUs")
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else common.cores())
     return args
@@ -416,6 +420,11 @@ def main():
         args.train, args.val = ([str(folder / part), str(folder / f"{part}.json")] for part in ("train", "val"))
         known = {"soco": ["--proposals", str(folder / "boxes.npz")], "detcon": ["--masks", str(folder / "masks")]}
         args.add = [*((name, shlex.join(flags)) for name, flags in known.items()), *args.add]
+    if args.knn:  # a wrong folder is an error now, not after pre-training
+        train, val = (common.ImageFolder(Path(args.knn, part)) for part in ("train", "val"))
+        val.labels(train.labels()[1])
+    if args.steps:
+        coco.need_pycocotools("--steps 0")
     annotated = open_annotated(args)
     args.several_classes, args.images = len(annotated.classes) > 1, len(common.open_folder(args.data))
     args.labels = share_labels(args.train[1], annotated.ids, args.shares, max(args.seeds, args.draws), args.out)

@@ -8,8 +8,10 @@
     python transfer/convert.py soco.pkl soco.pth                             from Detectron2's names to torchvision's
 
 Every file gives its backbone. SoCo with FPN also gives the pyramid and the box head, which has four convolutions and
-one linear layer: use configs/soco-*.yaml, or torchvision's fasterrcnn_resnet50_fpn_v2. Load a file with torchvision's
-names by `load_state_dict(torch.load(FILE), strict=False)`: only the detector's new layers are missing.
+one linear layer: use configs/soco-fpn-*.yaml, detect.py, or torchvision's fasterrcnn_resnet50_fpn_v2 and
+maskrcnn_resnet50_fpn_v2. Load a file with torchvision's names by `load_state_dict(torch.load(FILE), strict=False)`:
+only the detector's new layers are missing. torchvision's other detectors have no norms in the pyramid, so SoCo's would
+fit only in part: remove the tensors named backbone.fpn.* first, or build the detector with detect.py.
 """
 import argparse
 import pickle
@@ -110,8 +112,8 @@ def initial(args, taken=("backbone",)):
     """(the tensors of --init, by our names; the settings of the run that made them). For random, both are empty.
 
     Prints what the file is, which of its parts are `taken`, and which have no place. Fills in --arch; exits with 2 if
-    --arch is given and the file has another. Sets args.init_checksum: the file's content, not its path, is a setting of
-    the run.
+    --arch is given and the file has another. Sets args.init_checksum, so that a run remembers the file by its content
+    and not by its path.
     """
     if args.init in UNTRAINED:
         args.arch, args.init_checksum = args.arch or "resnet50", args.init
@@ -164,6 +166,8 @@ def main():
                         help="which network (default: online, the one that was trained)")
     args = parser.parse_args()
     to = args.to or ("detectron2" if args.file.endswith(".pkl") else "torchvision")
+    if (to == "detectron2") != args.file.endswith(".pkl"):
+        common.fail(f"--to {to} does not fit {args.file}: Detectron2's names go into a .pkl, others into a .pth")
     if Path(args.file).resolve() == Path(args.weights).resolve():
         common.fail(f"{args.file} would be written over: take another name")
     tensors, weights = read(args.weights, args.part)

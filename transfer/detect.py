@@ -1,5 +1,5 @@
-"""Fine-tunes torchvision's detectors from a checkpoint, on any images with COCO annotations. It does what train_net.py
-does, without Detectron2.
+"""Fine-tunes torchvision's detectors from a checkpoint, on any images with COCO annotations: the counterpart of
+train_net.py for machines without Detectron2.
 
     python transfer/detect.py --init runs/soco/last.pt --train IMAGES TRAIN.json --val IMAGES VAL.json
     python transfer/detect.py --init random ...                          from nothing; or torchvision's resnet50-*.pth
@@ -7,9 +7,9 @@ does, without Detectron2.
     python transfer/detect.py --freeze ...                               DetCon's frozen features (its Sec. 4.3)
     torchrun --nproc_per_node=8 transfer/detect.py ...                   as the papers: 1x on COCO, 16 images a step
 
-Every method fills the backbone; SoCo fills the FPN and the box head too. All BNs are trained, over all processes.
-Writes last.pt, whose `model` has torchvision's names, and log.jsonl with COCO's AP (package pycocotools) to --out. The
-same command again resumes.
+Every method fills the backbone; SoCo fills the FPN and the box head too. BN is synchronized over all processes and
+trained, except in a backbone with --freeze. Writes last.pt, whose `model` has torchvision's names, and log.jsonl with
+COCO's AP (package pycocotools) to --out. The same command again resumes.
 """
 import sys
 from functools import partial
@@ -78,7 +78,7 @@ def build(model, arch, classes, keypoints=0, head="4conv1fc", size=(640, 800), r
     proposals = lambda at_512_rois: round(at_512_rois * rois / 512)
     parts = dict(box_roi_pool=pool(output_size=7), box_head=box_head, box_batch_size_per_image=rois,
                  rpn_pre_nms_top_n_train=proposals(2000), rpn_post_nms_top_n_train=proposals(2000),
-                 rpn_post_nms_top_n_test=proposals(1000),  # torchvision's and Detectron2's numbers
+                 rpn_post_nms_top_n_test=proposals(1000),  # torchvision's; Detectron2 trains on 1000
                  box_predictor=FastRCNNPredictor(4 * channels, classes + 1), **scales)
     if model == "maskrcnn":
         return MaskRCNN(backbone, mask_roi_pool=pool(output_size=14),
@@ -182,7 +182,7 @@ def arguments():
     add("--val", nargs=2, metavar=("IMAGES", "JSON"), help="likewise, for AP (default: no AP)")
     add("--model", choices=list(LOWEST), help="which of torchvision's detectors; --lr is 0.01 for retinanet and fcos")
     add("--head", choices=["4conv1fc", "2fc"],
-        help="box head: SoCo's and torchvision's v2, with norms, or the classic one")
+        help="box head: 4conv1fc with norms, as in SoCo and torchvision's v2 models, or the classic 2fc")
     add("--size", type=common.bounded(int, 32), nargs=2,
         help="range of the image's shorter side in training; tested at the larger")
     add("--rois", type=count, help="proposals of an image that train its heads (R-CNNs); tests take twice as many")
@@ -197,10 +197,7 @@ def arguments():
     if args.size[0] > args.size[1]:
         common.fail(f"--size {args.size[0]} {args.size[1]}: the smaller comes first")
     if args.val:
-        try:
-            import pycocotools.cocoeval  # noqa: F401
-        except ImportError:
-            common.fail("AP needs the package pycocotools: pip install pycocotools, or leave --val out")
+        coco.need_pycocotools("no --val")
     return args
 
 
@@ -222,7 +219,7 @@ def main():
     common.seed_everything(args.seed)
     detector = build(args.model, args.arch, len(source.classes), len(source.keypoints), args.head, args.size, args.rois)
     filled, new = fill(detector, tensors, args.model, args.head)
-    layout = torch.contiguous_format if keypoints else torch.channels_last  # torchvision's keypoint loss knows no other
+    layout = torch.contiguous_format if keypoints else torch.channels_last  # torchvision's keypoint loss uses .view
     model = DetectorWithLosses(detector, args.freeze).to(device, memory_format=layout).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD([{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -259,7 +256,7 @@ def main():
     evaluated = common.rank() > 0 or any("AP" in row and row["step"] == run.step for row in run.rows())
     if val and run.step == run.total and common.all_gather(torch.tensor([not evaluated], device=device)).any():
         log_ap()
-    run.summary(loss="the sum of the detector's")
+    run.summary(loss="the sum of the detector's losses")
     common.finish()
 
 

@@ -95,7 +95,7 @@ def recolored(views, colors):
 
 def open_proposals(args, source, device):
     """A function proposals(image, rng), which returns boxes [n, 4] in xyxy pixels of the image."""
-    kind = args.proposals or ("truth" if args.data is None else args.otherwise)
+    kind = args.proposals or ("truth" if args.data is None else args.default_proposals)
     if kind == "search":
         common.need_opencv("--proposals search", "--proposals random")
         return lambda image, rng: soco.find_objects(source, image.index)
@@ -212,7 +212,7 @@ def overlapping_views(image, rng, size, min_area):
 
 
 def patches(args, device):
-    """The most similar patch of another view for each patch of a view. A green line: it is the same place."""
+    """The most similar patch of another view for each patch of a view. Green lines join patches of the same place."""
     nets = networks(args, device)
     source, stride, scale = open_images(args), 2 ** args.stage, SIDE / args.size
     view = partial(overlapping_views, size=args.size, min_area=args.min_area)
@@ -242,7 +242,7 @@ def patches(args, device):
 # --- IoU and similarity (DUPR, Sec. 4.6.1) ---------------------------------------------------------------------------
 
 def rois_near(box, size, n, rng):
-    """(boxes [n, 4] in a view of `size`; their IoUs with `box` [n], which rise evenly from 0 to 1)."""
+    """(boxes [n, 4] xyxy in a view of `size`; their IoUs with `box` [n], at about equal distances from 0 to 1)."""
     reach = rng.uniform(0, 1, (4000, 1))
     center, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     center = center + reach * rng.normal(0, 0.7, (4000, 2)) * side
@@ -294,7 +294,7 @@ def iou(args, device):
     points = torch.cat(rows).flatten(0, 1).cpu()                                          # [images * 20, 1 + networks]
     group = (points[:, 0] * 19).round()
     ious, *similarities = torch.stack([points[group == k].mean(dim=0) for k in group.unique()]).T.tolist()
-    title = f"Similarity of an object and a RoI near it, c{args.stage}, {len(images)} images"
+    title = f"Similarity of an object and an RoI near it, c{args.stage}, {len(images)} images"
     charts = [chart(title, {name: (ious, values) for name, values in zip(nets, similarities)}, "IoU")]
     for k in (6, 11, 16):                                                                 # RoIs of the first image
         boxes = first["boxes"][0, [k + 1, 0]] * (SIDE / args.size)
@@ -334,7 +334,7 @@ def proposals(args, device):
     if args.data is None or not len(all_boxes):
         return table(columns)
     sides = (all_boxes[:, 2:] - all_boxes[:, :2]).astype(float)
-    figure_3 = [histogram(np.diff(boxes_of.offsets), "proposals an image"),
+    figure_3 = [histogram(np.diff(boxes_of.offsets), "proposals per image"),
                 histogram(np.sqrt(sides.prod(axis=1)), "sqrt(wh) of a proposal")]
     return arrange([table(columns), arrange(figure_3)], down=True)
 
@@ -408,8 +408,8 @@ def arguments():
     def command(draw, images=4, stage=None, aliases=(), **settings):
         """Add the command `draw` and return its add_argument. stage: the default of --stage, if it needs networks.
 
-        settings: shapes, how many are drawn without --data; times, how much larger views are than in training;
-        otherwise, the --proposals of images of one's own.
+        settings: shapes, how many are drawn without --data; times, the size of a view over that in training;
+        default_proposals, the default of --proposals with --data.
         """
         own = commands.add_parser(draw.__name__, aliases=aliases, help=draw.__doc__, description=draw.__doc__)
         own.error = parser.error
@@ -433,10 +433,10 @@ def arguments():
     add = command(patches, stage=4, times=2, shapes=64)
     add("--min-area", type=common.bounded(float, 1e-3, 1), default=0.2,
         help="least share of the image in a view (default: 0.2)")
-    add = command(iou, images=1000, stage=4, times=1, shapes=1000, otherwise="random")
+    add = command(iou, images=1000, stage=4, times=1, shapes=1000, default_proposals="random")
     add("--proposals", metavar="FILE.npz|search|random|whole",
         help="the objects (default: random; shapes: their own boxes)")
-    add = command(proposals, shapes=64, otherwise="search")
+    add = command(proposals, shapes=64, default_proposals="search")
     add("--proposals", metavar="FILE.npz|search|random|whole",
         help="as soco.py's; a file's number and sizes are drawn too (default: search; shapes: their own boxes)")
     add("--views", type=int, choices=[2, 3, 4], default=3, help="how many (default: 3)")

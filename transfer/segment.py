@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 transfer/segment.py ...                               as the paper: 16 images a step
 
 Your own images are in DIR/train/images and DIR/val/images. For each there is a PNG of the same name in train/labels or
-val/labels, whose pixels are the classes, from 0, or 255 if they are to be ignored.
+val/labels. Its values are the classes, counted from 0, and 255 for pixels to ignore.
 
 Writes last.pt, log.jsonl with mIoU, views.png (the first batch) and predictions.png (images, truths and predictions) to
 --out. The same command again resumes.
@@ -80,6 +80,7 @@ class LabelMapFolder(common.ImageFolder):
         self.suffix = "TrainIds"
         if self.layout == "cityscapes" and not self.path(0).exists():
             self.suffix = "Ids"
+        common.check_stems(self)
         existing = {os.path.join(folder, name) for folder, _, files in os.walk(self.maps, followlinks=True)
                     for name in files}
         missing = [str(self.path(i)) for i in range(len(self)) if str(self.path(i)) not in existing]
@@ -116,10 +117,11 @@ class LabelMapFolder(common.ImageFolder):
         return {**super().fingerprint(), "layout": self.layout}
 
 
-def random_crop(image, rng, size, source):
+def training_view(image, rng, size, source):
     """A training view (A.5): a random crop of the image scaled by 0.5 to 2, mirrored half of the time.
 
-    Returns image: uint8 [3, size, size], and label: uint8 [size, size]. Beyond the image they are gray and ignored.
+    Returns image: uint8 [3, size, size], and label: uint8 [size, size]. Outside the image, the view is gray and the
+    label is IGNORE.
     """
     label = Image.fromarray(source.label(image))
     scale = rng.uniform(0.5, 2.0)
@@ -139,7 +141,7 @@ def random_crop(image, rng, size, source):
     return {name: x.flip(-1) for name, x in views.items()} if rng.random() < 0.5 else views
 
 
-def whole_image(image, rng, source):
+def test_view(image, rng, source):
     """image: a test image as it is, uint8 [3, H, W]; label: its label map, uint8 [H, W]; shown: its number."""
     return {"image": common.to_tensor(image.decode()), "label": torch.from_numpy(source.label(image)),
             "shown": image.index}
@@ -213,7 +215,7 @@ def evaluate(model, source, args, device):
     """
     torch.backends.cudnn.benchmark = False  # images have many sizes
     counts, examples = torch.zeros(args.classes, args.classes, dtype=torch.long, device=device), []
-    own_share, view = range(common.rank(), len(source), common.world_size()), partial(whole_image, source=source)
+    own_share, view = range(common.rank(), len(source), common.world_size()), partial(test_view, source=source)
 
     def predict(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
@@ -281,7 +283,7 @@ def train():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = common.Run(args, source, "segment", model, optimizer)
     run.total, run.last = args.iterations, min(args.iterations, args.max_steps or args.iterations)
-    batches = run.batches(partial(random_crop, size=args.size, source=source), device)
+    batches = run.batches(partial(training_view, size=args.size, source=source), device)
     ddp = common.wrap_ddp(model, device)
 
     for batch in batches:

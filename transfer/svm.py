@@ -34,10 +34,10 @@ def linear_svm(x, y, cost, start=None):
 
 
 def average_precision(scores, truth):
-    """[K]: the average precision of each column, the area below precision over recall; nan for a column without a 1.
+    """[K]: the average precision of each column, the area under its precision-recall curve; nan for one without a 1.
 
-    This is VOC's since 2010; in 2007 it averaged over 11 recalls. Precision at a recall is the best at that recall or
-    more. scores: [M, K]; truth: [M, K] of 1, -1, or 0 for a row that does not count.
+    VOC has computed it so since 2010; before that it averaged over 11 recalls. The precision at a recall is the best at
+    that recall or more. scores: [M, K]; truth: [M, K] of 1, -1, or 0 for a row that does not count.
     """
     truth = truth.gather(0, scores.argsort(dim=0, descending=True))
     hits, count = (truth > 0).cumsum(dim=0), (truth != 0).cumsum(dim=0)

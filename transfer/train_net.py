@@ -66,9 +66,9 @@ def sample(records, percent, seed):
 
 def register_subset(name):
     """Register the data set with Detectron2, if its name is that of a share that Detectron2 does not know yet."""
-    if name in DatasetCatalog.list() or not parse_subset(name):
+    whole, percent, seed = parse_subset(name) or (None, 0, 0)
+    if name in DatasetCatalog.list() or whole not in DatasetCatalog.list():
         return
-    whole, percent, seed = parse_subset(name)
     DatasetCatalog.register(name, lambda: sample(DatasetCatalog.get(whole), percent, seed))
     metadata = MetadataCatalog.get(whole).as_dict()
     MetadataCatalog.get(name).set(**{key: value for key, value in metadata.items() if key != "name"})
@@ -141,7 +141,10 @@ def filling(model, weights):
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 class Res5NormROIHeads(Res5ROIHeads):
-    """The C4 detector's head with a BN after stage 5 (MoCo A.1). It is new: no checkpoint has it."""
+    """The C4 detector's head with a BN after stage 5 (MoCo A.1). It is new: no checkpoint has it.
+
+    The paper has the BN after the pooling. MoCo's released code has it before the pooling, and so has this.
+    """
 
     @classmethod
     def _build_res5_block(cls, cfg):
