@@ -343,7 +343,7 @@ def test_weights_that_fill_nothing_of_the_backbone_are_refused(capsys):
 
 def evaluate_as_lvis_and_cityscapes_do():
     sys.modules["cityscapesscripts"] = ModuleType("cityscapesscripts")
-    train_net.mend_evaluators()
+    train_net.restore_dropped_names()
     from deeplearning.projects.cityscapesApi import cityscapesscripts  # noqa: F401
     assert np.ones(2).astype(np.float).dtype == np.float64
     assert np.in1d([[1, 2], [3, 4]], [2, 3], invert=True).reshape(2, 2).tolist() == [[True, False], [False, True]]

@@ -344,12 +344,12 @@ def test_a_list_of_vocs_that_is_no_text_is_one_line(tmp_path, capsys, content, m
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data", "/nowhere", "--classes", 3], "no such folder"), (["--data", "LABELLED"], "--classes"),
-    (["--data", "LABELLED", "--classes", 4, "--batch-size", 99], "do not fill a batch"),
-    (["--data", "LABELLED", "--classes", 4, "--batch-size", 4, "--init", "/nowhere.pt"], "cannot be read"),
+    (["--data", "/nowhere", "--classes", 3], "no such folder"), (["--data", "LABELED"], "--classes"),
+    (["--data", "LABELED", "--classes", 4, "--batch-size", 99], "do not fill a batch"),
+    (["--data", "LABELED", "--classes", 4, "--batch-size", 4, "--init", "/nowhere.pt"], "cannot be read"),
     (["--classes", 4], "--data")])
 def test_wrong_use_ends_with_one_line_and_exit_code_2(labeled, tmp_path, monkeypatch, capfd, flags, message):
-    flags = [labeled if flag == "LABELLED" else flag for flag in flags]
+    flags = [labeled if flag == "LABELED" else flag for flag in flags]
     assert run(monkeypatch, "--init", "random", *flags, "--out", tmp_path / "out") == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1

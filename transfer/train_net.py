@@ -86,7 +86,7 @@ def check_data(cfg):
                 common.fail(f"{name}: {path} is missing; DETECTRON2_DATASETS names the folder of all data sets")
 
 
-def mend_evaluators():
+def restore_dropped_names():
     """Restore what newer libraries have dropped and the evaluation packages of some data sets still use."""
     # lvis 0.5.3 uses np.float, which NumPy 1.24 dropped; cityscapesscripts 2.3.0 uses np.in1d, which NumPy 2.4 dropped.
     for name, instead in {"float": float, "in1d": np.isin}.items():
@@ -235,7 +235,7 @@ def configure(args):
 
 def main(args):
     cfg, trainer_class = configure(args)
-    mend_evaluators()
+    restore_dropped_names()
     default_setup(cfg, args)
     if args.eval_only:
         model = trainer_class.build_model(cfg)
