@@ -20,6 +20,7 @@ uint8 [3, S, S] until it is on the device, where `Photometric` turns a whole bat
 """
 import argparse
 import atexit
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -66,17 +67,20 @@ Image.MAX_IMAGE_PIXELS = None                             # --max-pixels is the 
 def fail(message, everywhere=False, code=2):
     """End the program with an error message, from process 0 alone unless `everywhere`. Code 2 is a usage error."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun stops all processes as soon as one ends: let process 0 speak first
     sys.exit(code)
 
 
 def print_line(line):
-    """Print a line if anybody reads it: a run goes on when the `tee` that it is piped to has ended."""
+    """Print a line if anybody reads it: a run goes on when its terminal or the `tee` that it is piped to has ended."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -108,10 +112,11 @@ class Stop:
         self.signal, self.since = number, time.monotonic()
         if self.holding and not earlier:
             return
-        with suppress(OSError, RuntimeError):  # nobody reads, or the signal came amid a print
-            if not earlier and int(os.environ.get("RANK", 0)) == 0:
+        if not earlier and int(os.environ.get("RANK", 0)) == 0:
+            with suppress(OSError):  # nobody reads
                 name = signal.Signals(number).name.encode()
                 os.write(2, b"stopped by %s: run the same command again to resume\n" % name)
+        with suppress(OSError, RuntimeError):  # likewise, or the signal came amid a print
             sys.stdout.flush()
         kill_workers()
         os._exit(128 + number)  # not sys.exit, whose exception Python drops in some callbacks, as around a fork
@@ -281,7 +286,7 @@ def wrap_ddp(model, device, compiled=False):
         return model
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                               gradient_as_bucket_view=True)
-    ddp.broadcast_buffers = False  # as an attribute: torch 2.15 deprecates the argument
+    ddp.broadcast_buffers = False  # or each forward pass would send process 0's; torch 2.15 deprecates the argument
     return ddp
 
 
@@ -526,6 +531,7 @@ class LARS(torch.optim.SGD):
 
     Biases and norm parameters (ndim <= 1) get neither weight decay nor the scaling, as in SimCLR and BYOL. A tensor
     whose gradient is zero is not scaled either: scaled-up weight decay would wipe out what the step does not train.
+    `step` overwrites the gradients.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
@@ -863,10 +869,10 @@ class ImageFolder:
 
 
 def check_stems(folder):
-    """Exit with 2 if files of an ImageFolder differ only in their extensions: they would share a PNG of masks."""
+    """Exit with 2 if images differ only in their extensions: they would share a PNG of masks or labels."""
     stem, count = Counter(os.path.splitext(folder.name(i))[0] for i in range(len(folder))).most_common(1)[0]
     if count > 1:
-        fail(f"{count} images are named {stem} with different extensions and would share a mask: rename them")
+        fail(f"{count} images are named {stem} with different extensions and would share a PNG of masks: rename them")
 
 
 def scan(root):

@@ -192,7 +192,7 @@ def detcon_loss(pred1, pred2, target1, target2, ids1, ids2, temperature, gather=
     with torch.autocast(pred1.device.type, enabled=False):
         pred1, pred2, target1, target2 = (F.normalize(x, dim=2)
                                           for x in common.to_float32(pred1, pred2, target1, target2))
-        mine = torch.arange(len(ids1), device=ids1.device)                                # rows of the targets
+        mine = torch.arange(len(ids1), device=ids1.device)                                # its rows of the targets
         if gather:
             mine = mine + common.rank() * len(ids1)
             target1, target2 = common.all_gather(target1), common.all_gather(target2)     # [world*N, M, D]
@@ -396,7 +396,7 @@ def arguments():
     add = parser.own.add_argument
     add("--variant", choices=["s", "b"], help="s: SimCLR's framework; b: BYOL's")
     add("--masks", metavar="fh|gridN|DIR", help="Felzenszwalb-Huttenlocher segments, made in OUT/fh-1000 if missing; "
-        "N x N squares; or a PNG for each image, in the same subfolders; in the demo truth, the drawn objects' own")
+        "N x N squares; a PNG for each image, in the same subfolders; or, in the demo, truth: the drawn objects' own")
     add("--fh-scale", type=common.bounded(int, 1), nargs="+", help="scale and minimum size; on COCO 500 1000 1500")
     add("--prepare", action="store_true", help="make the masks and stop")
     add("--num-masks", type=common.bounded(int, 1), help="M, the masks of a view in a step")

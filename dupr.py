@@ -6,7 +6,8 @@ images, the feature of the same patch in the other view. The features then tell 
 
     python dupr.py                                              shapes that it draws itself, a minute or two
     python dupr.py --data DIR                                   your own images
-    torchrun --nproc_per_node=8 dupr.py --data /imagenet        the main experiments; paper's text: --augment rand-moves
+    torchrun --nproc_per_node=8 dupr.py --data /imagenet        as in the paper's main experiments
+    python dupr.py --data DIR --augment rand-moves              as the paper's text literally says: patches move
     python dupr.py --data DIR --augment moco                    as in its ablations: no RandAugment, temperature 0.2
 
 Writes last.pt, log.jsonl and views.png to --out; run the same command again to resume. In last.pt, the backbone is

@@ -413,8 +413,8 @@ def arguments():
     add = parser.own.add_argument
     add("--proposals", metavar="FILE.npz|random|whole",
         help="a file of boxes, made if it is missing; boxes drawn at random (Table 5c); or the whole image (Table 4; "
-             "sets --detector c4 --views 2 --num-proposals 1 --jitter 0) (default: OUT/proposals.npz; demo: the drawn "
-             "objects' true boxes)")
+             "then --detector c4 --views 2 --num-proposals 1 --jitter 0 are the defaults) (default: OUT/proposals.npz; "
+             "demo: the drawn objects' true boxes)")
     add("--prepare", action="store_true", help="make the proposals and a picture of some, and stop")
     add("--detector", choices=["fpn", "c4"], help="the detector to pre-train")
     add("--views", type=int, choices=[2, 3, 4],

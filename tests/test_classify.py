@@ -313,6 +313,24 @@ def test_socos_pyramid_and_head_are_those_of_its_pre_training(tmp_path):
     assert list(rows) == ["c2", "c3", "c4", "c5", "pyramid", "head"] and len({len(x) for x in rows.values()}) == 1
 
 
+def test_a_checkpoint_without_levels_is_probed_without_them(tmp_path):
+    write_soco(tmp_path / "last.pt")
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for none in (False, True):
+        torch.save({**state, "settings": {**state["settings"], "no_levels": none}}, tmp_path / "last.pt")
+        network = classify.BoxEncoder(settings(init=str(tmp_path / "last.pt"), part="online", arch=None, size=48))
+        assert network.encoder.levels is not none
+
+
+def test_the_object_probes_random_network_is_that_of_the_other_protocols():
+    args = settings(init="random", part="online", arch="resnet18w0.25", seed=3)
+    common.seed_everything(3)
+    other = convert.backbone(args).state_dict()
+    common.seed_everything(3)
+    ours = classify.BoxEncoder(args).encoder.backbone.state_dict()
+    assert all(torch.equal(ours[name], other[name]) for name in other)
+
+
 def test_random0_is_a_network_whose_residual_blocks_begin_as_the_identity():
     args = settings(init="random0", part="online", arch="resnet18w0.25", seed=3)
     first, again = (convert.backbone(args).state_dict() for _ in range(2))

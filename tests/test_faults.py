@@ -1,11 +1,14 @@
 """What a cluster, a disk and a folder do to a run. `attack.py` does it at random, and many times."""
 import errno
+import fcntl
 import os
+import pty
 import select
 import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +85,29 @@ def test_a_program_whose_messages_nobody_reads_ends_with_the_signals_code_too(tm
     process = fork(tmp_path / "said.txt", stop_without_a_reader)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
+
+
+def train_in(ours, terminal, *argv):
+    """moco.py as a program that a terminal has started; `ours` is the terminal's other end, which its window holds."""
+    os.close(ours)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for number in (1, 2):
+        os.dup2(terminal, number)
+    script("moco.py", *argv)
+
+
+def test_a_run_whose_terminal_is_closed_saves(pictures, tmp_path):
+    ours, terminal = pty.openpty()
+    run = fork(tmp_path / "said.txt", train_in, ours, terminal, "--data", pictures, "--out", tmp_path, *TINY)
+    os.close(terminal)
+    said = b""
+    while b"step 3/90" not in said:
+        said += os.read(ours, 1000)
+    os.close(ours)                                                            # the kernel sends SIGHUP
+    run.join()
+    step = rows(tmp_path)[-1]["step"]
+    assert run.exitcode == 128 + signal.SIGHUP and 3 <= step < 90
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step
 
 
 class Dropping:

@@ -139,8 +139,8 @@ def test_image_and_label_map_are_cut_scaled_and_mirrored_together():
             return label
     flipped, seen, inside = 0, set(), []
     for seed in range(60):
-        out = segment.training_view(common.LazyImage(Image.fromarray(picture), 0), np.random.default_rng(seed), 97,
-                                  Source())
+        image = common.LazyImage(Image.fromarray(picture), 0)
+        out = segment.training_view(image, np.random.default_rng(seed), 97, Source())
         assert out["image"].shape == (3, 97, 97) and out["label"].shape == (97, 97)
         assert out["label"].dtype == torch.uint8
         known = out["label"] != 255
@@ -317,7 +317,8 @@ def test_a_bad_label_map_ends_with_one_line_and_exit_code_2(tmp_path, monkeypatc
     harm(data)
     assert run(monkeypatch, *TINY[:-1], workers, "--data", data, "--iterations", 3, "--out", tmp_path / "out") == 2
     error = capfd.readouterr().err
-    assert message in error and "3" in error and error.count("\n") == 1 and "Traceback" not in error
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert "3.png" in error or harm is shared
 
 
 def test_a_cityscapes_map_of_16_bits_is_a_bad_label_map(tmp_path):

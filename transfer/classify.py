@@ -2,7 +2,7 @@
 
     python transfer/classify.py --init runs/soco/last.pt --protocol objects --train IMAGES JSON --val IMAGES JSON
     python transfer/classify.py --init runs/soco/last.pt --protocol objects                   the same on drawn shapes
-    python transfer/classify.py --init random --arch resnet18 --protocol supervised   the probe's ceiling: on labels
+    python transfer/classify.py --init random --arch resnet18 --protocol supervised     the ceiling: trained on labels
     python transfer/classify.py --init runs/moco/last.pt --data /imagenet                 linear probe (MoCo Sec. 4.1)
     python transfer/classify.py --init random --data DIR --protocol knn                    nearest neighbors on c2 to c5
     python transfer/classify.py --init runs/detco/last.pt --data VOC2007 --protocol svm      DetCo Table 2, DUPR Table 6
@@ -268,7 +268,8 @@ class BoxEncoder(nn.Module):
         tensors, settings = convert.initial(args, detector)
         parts, levels = common.parts(tensors), not settings.get("no_levels")
         backbone = common.resnet(args.arch, common.SyncBatchNorm)  # drawn first: `random` is then knn's and detect.py's
-        self.encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1, levels=levels)  # no projector
+        # Its projector is not used.
+        self.encoder = soco.ObjectEncoder(args.arch, "fpn", args.size, hidden=1, dim=1, levels=levels)
         self.encoder.backbone = backbone  # no gamma at zero, unlike SoCo's
         for part in detector:
             self.encoder.load_state_dict(parts[part], strict=False)

@@ -26,11 +26,11 @@ def keep_images(folder, names, what):
 
 
 def need_pycocotools(instead):
-    """Exit with 2 if the package that computes AP is not installed. instead: the flag that does without it."""
+    """Exit with 2 if the package that computes AP is not installed. instead: how to do without."""
     try:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError:
-        common.fail(f"AP needs the package pycocotools: pip install pycocotools, or take {instead}")
+        common.fail(f"AP needs the package pycocotools: pip install pycocotools, or {instead}")
 
 
 class CocoFolder(common.ImageFolder):

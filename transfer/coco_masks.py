@@ -107,7 +107,7 @@ def main():
             if not annotation.get("iscrowd"):
                 label = 1 + order.index(annotation["category_id"]) if args.labels else None
                 objects.setdefault(annotation["image_id"], []).append((annotation["segmentation"], label))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         common.fail(f"{args.annotations} is not a COCO instances file ({type(error).__name__}: {error})")
     if len(order) > 254:
         common.fail(f"{args.annotations} has {len(order)} categories: an 8-bit label map has room for 254")

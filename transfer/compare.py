@@ -42,9 +42,9 @@ import soco  # noqa: E402
 from transfer import coco, convert, page  # noqa: E402
 
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
-UNUSED = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # of DEMO: flags decide these
+UNUSED = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # of DEMO
 SHORT = {**dict.fromkeys(("moco", "detco", "dupr"), dict(lr=1.0, bn_splits=2)),  # tuned on seed 0 of the drawn shapes
-         "soco": dict(lr=64.0)}
+         "soco": dict(lr=64.0)}  # SoCo-C4 at the demo's rate, 2.0 in a step
 SHAPES = dict(unlabeled=4096, train=800, val=400, knn_train=1536, knn_val=768)       # drawn pictures
 
 
@@ -389,6 +389,8 @@ def arguments():
     for name in ("methods", "shares", "backbones"):  # each once
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.files = {"-".join(path.absolute().with_suffix("").parts[1:][-2:]): path for path in args.init}
+    if {*args.files} & {*METHODS, *convert.UNTRAINED, "supervised"}:
+        common.fail(f"--init {' '.join(map(str, args.init))}: rename the file that is named like a method")
     if len(args.files) < len(args.init):
         common.fail("two files of --init have the same name in folders of the same name: rename one")
     for path in args.init:
@@ -403,6 +405,8 @@ def arguments():
             common.fail(f"--add {name} {flags}: {error}")
     if args.batch_size % max(1, torch.cuda.device_count()):
         common.fail(f"--batch-size {args.batch_size} does not divide over {torch.cuda.device_count()} GPUs")
+    if args.steps:
+        coco.need_pycocotools("take --steps 0")
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else common.cores())
     return args
 
@@ -422,9 +426,10 @@ def main():
         args.add = [*((name, shlex.join(flags)) for name, flags in known.items()), *args.add]
     if args.knn:  # a wrong folder is an error now, not after pre-training
         train, val = (common.ImageFolder(Path(args.knn, part)) for part in ("train", "val"))
-        val.labels(train.labels()[1])
-    if args.steps:
-        coco.need_pycocotools("--steps 0")
+        classes = train.labels()[1]
+        val.labels(classes)
+        if len(classes) < 2:
+            common.fail(f"--knn {args.knn} holds one class: there is nothing to tell it from")
     annotated = open_annotated(args)
     args.several_classes, args.images = len(annotated.classes) > 1, len(common.open_folder(args.data))
     args.labels = share_labels(args.train[1], annotated.ids, args.shares, max(args.seeds, args.draws), args.out)

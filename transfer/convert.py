@@ -167,7 +167,7 @@ def main():
     args = parser.parse_args()
     to = args.to or ("detectron2" if args.file.endswith(".pkl") else "torchvision")
     if (to == "detectron2") != args.file.endswith(".pkl"):
-        common.fail(f"--to {to} does not fit {args.file}: Detectron2's names go into a .pkl, others into a .pth")
+        common.fail(f"--to {to} does not fit {args.file}: Detectron2's names, and no others, go into a .pkl")
     if Path(args.file).resolve() == Path(args.weights).resolve():
         common.fail(f"{args.file} would be written over: take another name")
     tensors, weights = read(args.weights, args.part)

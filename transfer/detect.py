@@ -197,7 +197,7 @@ def arguments():
     if args.size[0] > args.size[1]:
         common.fail(f"--size {args.size[0]} {args.size[1]}: the smaller comes first")
     if args.val:
-        coco.need_pycocotools("no --val")
+        coco.need_pycocotools("leave --val out")
     return args
 
 

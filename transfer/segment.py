@@ -64,7 +64,7 @@ class LabelMapFolder(common.ImageFolder):
             chosen = Path(lists, "train_aug.txt" if augmented else f"{split}.txt")
             super().__init__(Path(root, "JPEGImages"))
             try:
-                names = [f"{name}.jpg".encode() for name in sorted(chosen.read_text().split())]
+                names = [f"{name}.jpg".encode() for name in sorted({*chosen.read_text().split()})]
             except (OSError, ValueError) as error:
                 common.fail(f"{chosen} cannot be read ({error})")
             coco.keep_images(self, names, chosen)
