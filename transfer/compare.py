@@ -39,7 +39,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 import soco  # noqa: E402
-from transfer import coco, convert, page  # noqa: E402
+from transfer import classify, coco, convert, page  # noqa: E402
 
 METHODS = ("moco", "detco", "dupr", "detcon", "soco")
 UNUSED = ("arch", "size", "epochs", "batch_size", "print_every", "proposals", "masks")  # of DEMO
@@ -425,11 +425,7 @@ def main():
         known = {"soco": ["--proposals", str(folder / "boxes.npz")], "detcon": ["--masks", str(folder / "masks")]}
         args.add = [*((name, shlex.join(flags)) for name, flags in known.items()), *args.add]
     if args.knn:  # a wrong folder is an error now, not after pre-training
-        train, val = (common.ImageFolder(Path(args.knn, part)) for part in ("train", "val"))
-        classes = train.labels()[1]
-        val.labels(classes)
-        if len(classes) < 2:
-            common.fail(f"--knn {args.knn} holds one class: there is nothing to tell it from")
+        classify.open_labeled(argparse.Namespace(data=args.knn, protocol="knn"))
     annotated = open_annotated(args)
     args.several_classes, args.images = len(annotated.classes) > 1, len(common.open_folder(args.data))
     args.labels = share_labels(args.train[1], annotated.ids, args.shares, max(args.seeds, args.draws), args.out)
